@@ -1,0 +1,27 @@
+#include "cpu/declarations.h"
+#include "cpu/lanes.h"
+
+namespace hfh::cpu {
+
+#define HFH_STRINGIZE_EXPANDED(x) #x
+#define HFH_STRINGIZE(x) HFH_STRINGIZE_EXPANDED(x)
+#define HFH_JOIN_EXPANDED(a, b) a##b
+#define HFH_JOIN(a, b) HFH_JOIN_EXPANDED(a, b)
+
+/// The table of the instruction set that this file is compiled for: `kernels_avx512` and so on.
+const Kernels& HFH_JOIN(kernels_, HFH_CAPABILITY)() {
+  static constexpr Kernels table{
+      HFH_STRINGIZE(HFH_CAPABILITY),
+      kFloatLanes,
+      reconstruct_kernel,
+      linear_small_kernel,
+      small_batch_scratch_kernel,
+      backward_kernel,
+      contribution_bounds_kernel,
+      scatter_kernel,
+      round_to_bfloat16_kernel,
+  };
+  return table;
+}
+
+}  // namespace hfh::cpu

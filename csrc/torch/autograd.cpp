@@ -1,0 +1,186 @@
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/library.h>
+
+#include "torch/weight.h"
+
+// Autograd of torch.ops.hfh, for every device: it calls the operators through the dispatcher, so
+// whichever kernel serves the tensors serves their gradients too. In C++ because the wrapper that
+// Python would put around each call costs more than a small layer.
+
+namespace hfh::torch_ops {
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor call_materialize(const Tensor& pool, const Tensor& theta, int64_t rows, int64_t cols,
+                        HFH_WEIGHT_PARAMETERS) {
+  static const auto op = find_operator<decltype(call_materialize)>("hfh::materialize");
+  return op.call(pool, theta, rows, cols, HFH_WEIGHT_ARGUMENTS);
+}
+
+std::tuple<Tensor, Tensor> call_materialize_backward(const Tensor& grad, const Tensor& pool,
+                                                     const Tensor& theta, HFH_WEIGHT_PARAMETERS) {
+  static const auto op =
+      find_operator<decltype(call_materialize_backward)>("hfh::materialize_backward");
+  return op.call(grad, pool, theta, HFH_WEIGHT_ARGUMENTS);
+}
+
+Tensor call_linear(const Tensor& input, const Tensor& pool, const Tensor& theta,
+                   const std::optional<Tensor>& bias, int64_t out_features,
+                   HFH_WEIGHT_PARAMETERS) {
+  static const auto op = find_operator<decltype(call_linear)>("hfh::linear");
+  return op.call(input, pool, theta, bias, out_features, HFH_WEIGHT_ARGUMENTS);
+}
+
+Tensor call_linear_backward_input(const Tensor& grad_output, const Tensor& pool,
+                                  const Tensor& theta, int64_t in_features,
+                                  HFH_WEIGHT_PARAMETERS) {
+  static const auto op =
+      find_operator<decltype(call_linear_backward_input)>("hfh::linear_backward_input");
+  return op.call(grad_output, pool, theta, in_features, HFH_WEIGHT_ARGUMENTS);
+}
+
+std::tuple<Tensor, Tensor> call_linear_backward_weight(const Tensor& grad_output,
+                                                       const Tensor& input, const Tensor& pool,
+                                                       const Tensor& theta,
+                                                       HFH_WEIGHT_PARAMETERS) {
+  static const auto op =
+      find_operator<decltype(call_linear_backward_weight)>("hfh::linear_backward_weight");
+  return op.call(grad_output, input, pool, theta, HFH_WEIGHT_ARGUMENTS);
+}
+
+/// The weight's arguments as one value that an autograd node can keep.
+c10::IValue pack(HFH_WEIGHT_PARAMETERS) {
+  return c10::ivalue::Tuple::create({seed, num_hashes, block, window, rows_per_window, depth, width,
+                                     std::string(activation), scale, row_offset, col_offset});
+}
+
+/// Calls `f` with the weight's arguments behind its own.
+template <class F, class... Args>
+auto call_with_weight(const F& f, const c10::IValue& packed, const Args&... args) {
+  const auto w = packed.toTupleRef().elements().asArrayRef();
+  return f(args..., w[0].toInt(), w[1].toInt(), w[2].toInt(), w[3].toInt(), w[4].toInt(),
+           w[5].toInt(), w[6].toInt(), w[7].toStringRef(), w[8].toDouble(), w[9].toInt(),
+           w[10].toInt());
+}
+
+/// Where a graph of the backward pass is asked for, makes a second backward through `gradients` an
+/// error instead of a silent zero.
+variable_list differentiable_once(variable_list gradients) {
+  if (!at::GradMode::is_enabled()) return gradients;
+  variable_list fakes, result(gradients.size());
+  for (const Tensor& gradient : gradients) {
+    if (gradient.defined()) fakes.push_back(gradient.detach().requires_grad_());
+  }
+  const auto error = std::make_shared<torch::autograd::DelayedError>(
+      "the hfh kernels are differentiable once; backend='reference' is twice differentiable",
+      static_cast<int64_t>(fakes.size()));
+  variable_list guarded = (*error)(std::move(fakes));
+  size_t next = 0;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    if (gradients[i].defined()) result[i] = std::move(guarded[next++]);
+  }
+  return result;
+}
+
+bool needs_graph(std::initializer_list<const Tensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor* tensor : tensors) {
+    if (tensor->defined() && tensor->requires_grad()) return true;
+  }
+  return false;
+}
+
+struct Materialize : torch::autograd::Function<Materialize> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& pool, const Tensor& theta, int64_t rows,
+                        int64_t cols, const c10::IValue& weight) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({pool, theta});
+    ctx->saved_data["weight"] = weight;
+    return call_with_weight(call_materialize, weight, pool, theta, rows, cols);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    variable_list result(5);
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      std::tie(result[0], result[1]) = call_with_weight(
+          call_materialize_backward, ctx->saved_data["weight"], grads[0], saved[0], saved[1]);
+    }
+    return differentiable_once(std::move(result));
+  }
+};
+
+Tensor materialize(const Tensor& pool, const Tensor& theta, int64_t rows, int64_t cols,
+                   HFH_WEIGHT_PARAMETERS) {
+  if (needs_graph({&pool, &theta})) {
+    return Materialize::apply(pool, theta, rows, cols, pack(HFH_WEIGHT_ARGUMENTS));
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_materialize(pool, theta, rows, cols, HFH_WEIGHT_ARGUMENTS);
+}
+
+struct Linear : torch::autograd::Function<Linear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& pool,
+                        const Tensor& theta, const std::optional<Tensor>& bias,
+                        int64_t out_features, const c10::IValue& weight) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({input, pool, theta});
+    ctx->saved_data["weight"] = weight;
+    return call_with_weight(call_linear, weight, input, pool, theta, bias, out_features);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor &input = saved[0], &pool = saved[1], &theta = saved[2], &grad = grads[0];
+    const c10::IValue weight = ctx->saved_data["weight"];
+    variable_list result(6);
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      if (ctx->needs_input_grad(0)) {
+        result[0] = call_with_weight(call_linear_backward_input, weight, grad, pool, theta,
+                                     input.size(-1));
+      }
+      if (ctx->needs_input_grad(1) || ctx->needs_input_grad(2)) {
+        std::tie(result[1], result[2]) =
+            call_with_weight(call_linear_backward_weight, weight, grad, input, pool, theta);
+      }
+      if (ctx->needs_input_grad(3)) {
+        std::vector<int64_t> batch_dims(grad.dim() - 1);
+        for (size_t i = 0; i < batch_dims.size(); ++i) batch_dims[i] = static_cast<int64_t>(i);
+        result[3] = batch_dims.empty() ? grad : grad.sum(batch_dims);
+      }
+    }
+    return differentiable_once(std::move(result));
+  }
+};
+
+Tensor linear(const Tensor& input, const Tensor& pool, const Tensor& theta,
+              const std::optional<Tensor>& bias, int64_t out_features, HFH_WEIGHT_PARAMETERS) {
+  if (needs_graph({&input, &pool, &theta}) || (bias.has_value() && needs_graph({&*bias}))) {
+    return Linear::apply(input, pool, theta, bias, out_features, pack(HFH_WEIGHT_ARGUMENTS));
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call_linear(input, pool, theta, bias, out_features, HFH_WEIGHT_ARGUMENTS);
+}
+
+TORCH_LIBRARY_IMPL(hfh, Autograd, m) {
+  m.impl("materialize", TORCH_FN(materialize));
+  m.impl("linear", TORCH_FN(linear));
+}
+
+}  // namespace
+
+}  // namespace hfh::torch_ops

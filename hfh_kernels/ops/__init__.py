@@ -1,0 +1,7 @@
+"""The operators ``torch.ops.hfh.*``, one folder each; importing this package defines them all."""
+
+from hfh_kernels.ops.hash_index import op as hash_index
+from hfh_kernels.ops.linear import op as linear
+from hfh_kernels.ops.materialize import op as materialize
+
+__all__ = ["hash_index", "linear", "materialize"]

@@ -1,0 +1,82 @@
+"""The ``hfh`` operator library and what its operators share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from hfh_kernels import _extension
+from hfh_kernels.spec import COORDINATES, HashSpec, Reconstruction, require_int
+
+
+class Weight(NamedTuple):
+    """The trailing arguments of every operator that reads a virtual weight, in schema order."""
+
+    seed: int
+    num_hashes: int
+    block: int
+    window: int
+    """0 for none."""
+    rows_per_window: int
+    """0 for none."""
+    depth: int
+    width: int
+    activation: str
+    scale: float
+    row_offset: int
+    col_offset: int
+
+    def hash_spec(self, pool_size: int) -> HashSpec:
+        """The hash's part, validated."""
+        return make_hash_spec(
+            self.seed, self.num_hashes, pool_size, self.block, self.window, self.rows_per_window
+        )
+
+    def reconstruction(self) -> Reconstruction:
+        """The reconstruction's part, validated."""
+        return Reconstruction(self.depth, self.width, self.activation)
+
+    def require_coordinates(self, rows: int, cols: int) -> None:
+        """Raise ValueError unless all of rows x cols, at the offsets, is addressable."""
+        for extent, size, name in ((rows, "rows", "row_offset"), (cols, "cols", "col_offset")):
+            offset = getattr(self, name)
+            require_int(name, offset, 0, COORDINATES)
+            if extent < 0 or offset + extent > COORDINATES:
+                raise ValueError(
+                    f"{size} must be in [0, 2**32 - {name}], received {extent} at {name}={offset}"
+                )
+
+
+WEIGHT = ", ".join(f"{kind.__name__} {name}" for name, kind in Weight.__annotations__.items())
+"""The same arguments as a schema fragment."""
+
+LIBRARY: Any = torch.library.Library("hfh", "DEF")  # type: ignore[no-untyped-call]
+
+
+def make_hash_spec(
+    seed: int, num_hashes: int, pool_size: int, block: int, window: int, rows_per_window: int
+) -> HashSpec:
+    """A validated spec from operator arguments, where 0 stands for no window."""
+    return HashSpec(
+        seed=seed,
+        num_hashes=num_hashes,
+        pool_size=pool_size,
+        block=block,
+        window=window or None,
+        rows_per_window=rows_per_window or None,
+    )
+
+
+def define(
+    name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    """Define ``hfh::name``.
+
+    The extension brings kernels and autograd, and needs ``fake`` for its shapes. Without it the
+    operator is its ``reference``, and PyTorch differentiates and traces through that.
+    """
+    LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    if _extension.available():
+        torch.library.register_fake(f"hfh::{name}", fake, lib=LIBRARY)
+    else:
+        LIBRARY.impl(name, reference, "CompositeImplicitAutograd")

@@ -1,0 +1,83 @@
+"""``hfh::linear`` and its gradients: a matmul by a virtual weight that never exists in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hfh_kernels import _extension
+from hfh_kernels.ops.library import LIBRARY, WEIGHT, define
+from hfh_kernels.ops.linear import reference
+
+
+def fake_linear(
+    input: Tensor,
+    pool: Tensor,
+    theta: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    *weight: Any,
+) -> Tensor:
+    return input.new_empty((*input.shape[:-1], out_features))
+
+
+def fake_linear_backward_input(
+    grad_output: Tensor, pool: Tensor, theta: Tensor, in_features: int, *weight: Any
+) -> Tensor:
+    return grad_output.new_empty((*grad_output.shape[:-1], in_features))
+
+
+def fake_linear_backward_weight(
+    grad_output: Tensor, input: Tensor, pool: Tensor, theta: Tensor, *weight: Any
+) -> tuple[Tensor, Tensor]:
+    return pool.new_empty(pool.shape), theta.new_empty(theta.shape)
+
+
+define(
+    "linear",
+    f"(Tensor input, Tensor pool, Tensor theta, Tensor? bias, int out_features, {WEIGHT})"
+    " -> Tensor",
+    reference=reference.linear,
+    fake=fake_linear,
+)
+define(
+    "linear_backward_input",
+    f"(Tensor grad_output, Tensor pool, Tensor theta, int in_features, {WEIGHT}) -> Tensor",
+    reference=reference.linear_backward_input,
+    fake=fake_linear_backward_input,
+)
+define(
+    "linear_backward_weight",
+    f"(Tensor grad_output, Tensor input, Tensor pool, Tensor theta, {WEIGHT}) -> (Tensor, Tensor)",
+    reference=reference.linear_backward_weight,
+    fake=fake_linear_backward_weight,
+)
+
+
+def _autocast_linear(device_type: str) -> Callable[..., Tensor]:
+    """As autocast does for F.linear, but pool and theta keep their precision."""
+
+    def linear(
+        input: Tensor, pool: Tensor, theta: Tensor, bias: Tensor | None, *arguments: Any
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        input = _autocast(input, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+        with torch.autocast(device_type, enabled=False):
+            output: Tensor = torch.ops.hfh.linear.default(input, pool, theta, bias, *arguments)
+        return output
+
+    return linear
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    castable = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor
+
+
+if _extension.available():
+    LIBRARY.impl("linear", _autocast_linear("cpu"), "AutocastCPU")
+    LIBRARY.impl("linear", _autocast_linear("cuda"), "AutocastCUDA")

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hfh_kernels import dispatch
+
+AVAILABLE = [
+    backend for backend in dispatch.BACKENDS if dispatch.can_run(backend, torch.ones(1)) is None
+]
+
+
+@pytest.fixture(params=AVAILABLE)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that can run here."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(autouse=True)
+def _fixed_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory holds NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(False)
