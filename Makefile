@@ -50,4 +50,4 @@ $(BUILT): $(INSTALLED) setup.py $(CPP_FILES)
 clean:
 	rm -rf build dist *.egg-info hfh_kernels/_C.*.so .venv/.built-*
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find hfh_kernels python tests bench -name __pycache__ -prune -exec rm -rf {} +
+	find $(PYTHON_FILES) -name __pycache__ -prune -exec rm -rf {} +

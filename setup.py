@@ -29,6 +29,7 @@ TORCH_SOURCES = [
     "csrc/torch/ops.cpp",
     "csrc/torch/panels.cpp",
     "csrc/torch/weight.cpp",
+    "csrc/torch/weight_backward.cpp",
     "csrc/cpu/capability.cpp",
 ]
 # Raw-pointer kernels: compiled once for each capability, with -DHFH_CAPABILITY=<its name>.
@@ -36,6 +37,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/backward.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/reconstruct.cpp",
+    "csrc/cpu/slots.cpp",
     "csrc/cpu/table.cpp",
 ]
 

@@ -206,8 +206,8 @@ def _coordinates(name: str, values: Tensor | Sequence[int], other: object) -> Te
         dtype = None if len(values) else torch.int64
         try:
             values = torch.as_tensor(values, dtype=dtype, device=device)
-        except RuntimeError as error:
-            raise ValueError(f"{name} must be in [0, 2**32): {error}") from error
+        except (OverflowError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name} must be integers in [0, 2**32): {error}") from error
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, received {values.dtype}")
     values = values.to(torch.int64)

@@ -290,6 +290,7 @@ class HFHLinear(nn.Module):
         """Adopt the checkpoint's seed.
 
         Raises:
+            TypeError, ValueError: the checkpoint has no valid seed.
             ValueError: anything else differs between the checkpoint and this layer.
         """
         own = self.get_extra_state()
@@ -299,7 +300,8 @@ class HFHLinear(nn.Module):
                     f"the checkpoint's layer has {name}={state.get(name)!r}, "
                     f"this one has {name}={own.get(name)!r}"
                 )
-        self.hash_spec = dataclasses.replace(self.hash_spec, seed=state["seed"])
+        seed: Any = state.get("seed")
+        self.hash_spec = dataclasses.replace(self.hash_spec, seed=seed)
 
     def extra_repr(self) -> str:
         window = ""

@@ -67,11 +67,11 @@ def test_signs_and_slots_are_uniform(backend: str) -> None:
 @pytest.mark.parametrize("spec", [SPEC, WINDOWED], ids=["blocks", "window"])
 def test_block_reads_consecutive_elements(spec: HashSpec, backend: str) -> None:
     offsets, signs = hash_index(range(20), range(spec.block * 3), spec, backend=backend)
-    blocks = offsets.unflatten(1, (3, spec.block))
+    blocks = offsets.view(20, 3, spec.block, -1)
     steps = torch.arange(spec.block)[:, None]
     assert torch.equal(blocks, blocks[:, :, :1] + steps)
     assert torch.equal(blocks[:, :, 0] % spec.block, torch.zeros_like(blocks[:, :, 0]))
-    sign_blocks = signs.unflatten(1, (3, spec.block))
+    sign_blocks = signs.view(20, 3, spec.block, -1)
     assert torch.equal(sign_blocks, sign_blocks[:, :, :1].expand_as(sign_blocks))
 
 
@@ -88,7 +88,7 @@ def test_window_bounds_a_group_of_rows(backend: str) -> None:
         rotated = (torch.arange(WINDOWED.pool_size) - starts[:, None]) % WINDOWED.pool_size
         fits = ~((rotated >= WINDOWED.window) & used).any(dim=1)
         assert fits.any()
-    assert groups.unique().numel() > WINDOWED.window
+    assert len(set(groups.flatten().tolist())) > WINDOWED.window
 
 
 def test_depends_on_logical_coordinates_only(backend: str) -> None:
@@ -128,7 +128,7 @@ def test_no_coordinates(backend: str) -> None:
     [
         ([-1], ValueError, r"cols must be in \[0, 2\*\*32\), received values from -1 to -1"),
         ([0, 2**32], ValueError, "cols .* received values from 0 to 4294967296"),
-        ([2**70], ValueError, "cols must be in"),
+        ([2**70], ValueError, "cols must be integers in"),
         ([0.5], TypeError, "cols must be integers, received torch.float32"),
         ([True], TypeError, "cols must be integers, received torch.bool"),
         (torch.tensor(3), ValueError, "cols must be 1-d"),

@@ -18,4 +18,4 @@ def relative_error(out: Tensor, ref64: Tensor) -> float:
     assert out.shape == ref64.shape
     assert ref64.dtype == torch.float64
     norm = ref64.norm().item()
-    return (out.double() - ref64).norm().item() / (norm or 1.0)
+    return float((out.double() - ref64).norm().item() / (norm or 1.0))

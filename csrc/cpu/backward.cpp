@@ -7,48 +7,53 @@ HFH_NAMESPACE_BEGIN
 
 namespace {
 
-/// Entries longer than one element: blocks, which no boundary of a stretch divides.
-template <class Scalar>
-void scatter_runs(const cpu::PoolContributions& from, uint32_t begin, uint32_t end,
-                  Scalar* grad_pool) {
-  const auto* values = static_cast<const Scalar*>(from.values);
-  for (int64_t i = 0; i < from.count; ++i) {
-    const uint32_t offset = from.offset[i];
-    if (offset < begin || offset >= end) continue;
-    Scalar* target = grad_pool + offset;
-    const Scalar* source = values + i * from.length;
-    for (int j = 0; j < from.length; j += kFloatLanes) {
-      store(target + j, load<FloatVector>(target + j) + load<FloatVector>(source + j));
+/// Calls `add(i)` for the entries that start in [begin, end), in their order. They are picked out
+/// without a branch, which would be mispredicted every other time; `fetch(i)` sees each a little
+/// ahead of its turn.
+template <class Fetch, class Add>
+HFH_HOST_DEVICE void for_each_in(const cpu::PoolContributions& from, uint32_t begin, uint32_t end,
+                                 const Fetch& fetch, const Add& add) {
+  constexpr int kBatch = 1024, kAhead = 8;
+  int64_t picked[kBatch + kAhead];
+  for (int64_t first = 0; first < from.count; first += kBatch) {
+    const int64_t count = from.count - first < kBatch ? from.count - first : kBatch;
+    int num_picked = 0;
+    for (int64_t i = first; i < first + count; ++i) {
+      picked[num_picked] = i;
+      num_picked += from.offset[i] - begin < end - begin;
+    }
+    for (int i = 0; i < kAhead; ++i) picked[num_picked + i] = first;
+    for (int i = 0; i < num_picked; ++i) {
+      fetch(picked[i + kAhead]);
+      add(picked[i]);
     }
   }
 }
 
-/// Single elements: those of the stretch are picked out without a branch, which would be mispredicted
-/// every other time, and added then.
 template <class Scalar>
-void scatter_elements(const cpu::PoolContributions& from, uint32_t begin, uint32_t end,
-                      Scalar* grad_pool) {
-  constexpr int kBatch = 1024;
+void scatter(const cpu::PoolContributions& from, uint32_t begin, uint32_t end, Scalar* grad_pool) {
   const auto* values = static_cast<const Scalar*>(from.values);
-  uint32_t picked[kBatch];
-  for (int64_t first = 0; first < from.count; first += kBatch) {
-    const int count = static_cast<int>(from.count - first < kBatch ? from.count - first : kBatch);
-    int num_picked = 0;
-    for (int i = 0; i < count; ++i) {
-      picked[num_picked] = static_cast<uint32_t>(i);
-      num_picked += from.offset[first + i] - begin < end - begin;
-    }
-    for (int i = 0; i < num_picked; ++i) {
-      grad_pool[from.offset[first + picked[i]]] += values[first + picked[i]];
-    }
+  const auto fetch = [&](int64_t i) {
+    __builtin_prefetch(grad_pool + from.offset[i], 1);
+    __builtin_prefetch(values + i * from.length);
+  };
+  if (from.length == 1) {
+    for_each_in(from, begin, end, fetch,
+                [&](int64_t i) { grad_pool[from.offset[i]] += values[i]; });
+  } else if constexpr (sizeof(Scalar) == sizeof(float)) {
+    // A vector of one block, which no boundary of a stretch divides.
+    for_each_in(from, begin, end, fetch, [&](int64_t i) {
+      float* target = grad_pool + from.offset[i];
+      store(target, load<FloatVector>(target) + load<FloatVector>(values + i * kFloatLanes));
+    });
   }
 }
 
 }  // namespace
 
 void backward_kernel(const VirtualWeight& weight, const cpu::TileBounds& bounds,
-                     const void* gradient, DType gradient_dtype, int64_t stride,
-                     double* grad_theta, cpu::PoolContributions* out) {
+                     const void* gradient, DType gradient_dtype, int64_t stride, double* grad_theta,
+                     cpu::PoolContributions* out) {
   specialize(weight, [&]<class W>(W) {
     using Scalar = typename W::Scalar;
     Contributions<Scalar> contributions{out->offset, static_cast<Scalar*>(out->values), 0};
@@ -72,11 +77,9 @@ void contribution_bounds_kernel(const VirtualWeight& weight, const cpu::TileBoun
 void scatter_kernel(const cpu::PoolContributions& from, DType pool_dtype, uint32_t begin,
                     uint32_t end, void* grad_pool) {
   if (pool_dtype == DType::kFloat64) {
-    scatter_elements(from, begin, end, static_cast<double*>(grad_pool));
-  } else if (from.length == 1) {
-    scatter_elements(from, begin, end, static_cast<float*>(grad_pool));
+    scatter(from, begin, end, static_cast<double*>(grad_pool));
   } else {
-    scatter_runs(from, begin, end, static_cast<float*>(grad_pool));
+    scatter(from, begin, end, static_cast<float*>(grad_pool));
   }
 }
 

@@ -5,8 +5,8 @@
 HFH_NAMESPACE_BEGIN
 
 /// Contributions of one tile to the pool's gradient, in a fixed order; `cpu::PoolContributions` is
-/// its untyped form. Scattering is a later step, so that threads which own disjoint stretches of the
-/// pool can do it without races and in one order.
+/// its untyped form. Scattering is a later step, so that threads which own disjoint stretches of
+/// the pool can do it without races and in one order.
 template <class Scalar>
 struct Contributions {
   uint32_t* offset;

@@ -43,9 +43,7 @@ const Capability kCapabilities[] = {
 #endif
 #ifdef HFH_HAS_AVX512_BF16
     {"avx512_bf16",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16");
-     },
+     [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"); },
      kernels_avx512_bf16},
 #endif
 };

@@ -8,9 +8,17 @@
 HFH_NAMESPACE_BEGIN
 
 void reconstruct_kernel(const VirtualWeight&, const cpu::TileBounds&, void* out, int64_t stride);
-void linear_small_kernel(const VirtualWeight&, const cpu::SmallBatch&, int64_t row_begin,
-                         int64_t row_end, float* scratch);
-size_t small_batch_scratch_kernel(int64_t batch);
+void linear_kernel(const VirtualWeight&, const cpu::LinearBatch&, int64_t row_begin,
+                   int64_t row_end, float* scratch);
+size_t linear_scratch_kernel();
+void linear_backward_input_kernel(const VirtualWeight&, const cpu::LinearBatch&, int64_t col_begin,
+                                  int64_t col_end, float* scratch);
+bool has_slot_products_kernel(const VirtualWeight&);
+void slot_products_kernel(const VirtualWeight&, const cpu::SlotProducts&, const cpu::LinearBatch&,
+                          int64_t slot_begin, int64_t slot_end, float* scratch);
+size_t slot_products_scratch_kernel(int64_t num_products);
+void add_slot_products_kernel(const VirtualWeight&, const cpu::SlotProducts&,
+                              const cpu::LinearBatch&, int64_t row_begin, int64_t row_end);
 void backward_kernel(const VirtualWeight&, const cpu::TileBounds&, const void* gradient,
                      DType gradient_dtype, int64_t stride, double* grad_theta,
                      cpu::PoolContributions*);

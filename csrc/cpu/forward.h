@@ -11,21 +11,21 @@ struct SignedDraws : BlockDraws<W> {
   alignas(64) typename W::Scalar first[W::kFirstBound][W::kLanes];
 
   __attribute__((noinline)) void fold_signs(const typename W::Shape& shape,
-                                  const typename W::Scalar* theta) {
+                                            const typename W::Scalar* theta) {
     using Vector = typename W::Vector;
     const int rows = first_layer_size(shape) / shape.num_hashes();
     for (int j = 0; j < rows; ++j) {
       for (int u = 0; u < shape.num_hashes(); ++u) {
         const int i = j * shape.num_hashes() + u;
-        store(first[i], flip_sign(splat<Vector>(theta[i]),
-                                  load<typename W::Uint>(this->sign[u])));
+        store(first[i], flip_sign(splat<Vector>(theta[i]), load<typename W::Uint>(this->sign[u])));
       }
     }
   }
 };
 
 /// Reconstructs the tile and hands it to `sink` a vector at a time: `sink.vector(row, col, value)`,
-/// then `sink.row_done(row)`. `col` is relative to the tile; vectors at its ends may reach outside.
+/// or `sink.edge` where the vector may reach outside the tile, then `sink.row_done(row)`. `col` is
+/// relative to the tile.
 template <class W, class Sink>
 HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, const Tile& tile, Sink& sink) {
   using Vector = typename W::Vector;
@@ -35,7 +35,12 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, const Tile& t
   if constexpr (W::kByElement) {
     const auto visit = [&](int64_t row, int64_t col, const ElementDraws<W>& draws) {
       const auto first = [&](int i) { return theta.values[i]; };
-      sink.vector(row, col, reconstruct<Vector>(shape, first, theta.values, draws.a));
+      const Vector value = reconstruct<Vector>(shape, first, theta.values, draws.a);
+      if (is_inside<W>(col, tile.cols)) {
+        sink.vector(row, col, value);
+      } else {
+        sink.edge(row, col, value);
+      }
     };
     walk_elements<W>(weight, shape, tile, visit, row_done);
   } else {
@@ -44,14 +49,38 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, const Tile& t
     const auto prepare = [&](Draws& draws) { draws.fold_signs(shape, theta.values); };
     const auto visit = [&](int64_t row, int64_t col, const Draws& draws, const Draws& next,
                            int lane, uint32_t phase, uint32_t stop) {
-      const auto first = [&](int i) { return draws.first[i][lane]; };
-      for (; phase < stop; phase += W::kLanes, col += W::kLanes) {
+      constexpr bool kInRegisters = W::kFirstBound <= 16;
+      Vector signed_first[kInRegisters ? W::kFirstBound : 1];
+      if constexpr (kInRegisters) {
+        for (int i = 0; i < first_layer_size(shape); ++i) {
+          signed_first[i] = opaque(splat<Vector>(draws.first[i][lane]));
+        }
+      }
+      const auto first = [&](int i) {
+        if constexpr (kInRegisters)
+          return signed_first[i];
+        else
+          return draws.first[i][lane];
+      };
+      const auto* begin = pool + phase;
+      const auto count = static_cast<ptrdiff_t>(stop - phase);
+      const typename W::Pool *source[W::kHashesBound], *next_source[W::kHashesBound];
+      for (int u = 0; u < shape.num_hashes(); ++u) {
+        source[u] = begin + draws.offset[u][lane];
+        next_source[u] = begin + next.offset[u][lane];
+      }
+      const auto value_at = [&](ptrdiff_t i) {
         Vector a[W::kHashesBound];
         for (int u = 0; u < shape.num_hashes(); ++u) {
-          __builtin_prefetch(pool + next.offset[u][lane] + phase);
-          a[u] = load_as<Vector>(pool + draws.offset[u][lane] + phase);
+          __builtin_prefetch(next_source[u] + i);
+          a[u] = load_as<Vector>(source[u] + i);
         }
-        sink.vector(row, col, reconstruct<Vector>(shape, first, theta.values, a));
+        return reconstruct<Vector>(shape, first, theta.values, a);
+      };
+      if (col >= 0 && col + round_up_to_lanes<W>(count) <= tile.cols) {
+        for (ptrdiff_t i = 0; i < count; i += W::kLanes) sink.vector(row, col + i, value_at(i));
+      } else {
+        for (ptrdiff_t i = 0; i < count; i += W::kLanes) sink.edge(row, col + i, value_at(i));
       }
     };
     walk_blocks<W, Draws>(weight, shape, tile, prepare, visit, row_done);
@@ -65,15 +94,13 @@ struct StoreSink {
   int64_t stride, cols;
 
   HFH_HOST_DEVICE void vector(int64_t row, int64_t col, typename W::Vector value) {
-    typename W::Scalar* target = out + row * stride + col;
-    if (is_inside<W>(col, cols)) {
-      store(target, value);
-    } else {
-      typename W::Scalar lanes[W::kLanes];
-      store(lanes, value);
-      for (int i = 0; i < W::kLanes; ++i) {
-        if (col + i >= 0 && col + i < cols) target[i] = lanes[i];
-      }
+    store(out + row * stride + col, value);
+  }
+  __attribute__((noinline)) void edge(int64_t row, int64_t col, typename W::Vector value) {
+    typename W::Scalar lanes[W::kLanes];
+    store(lanes, value);
+    for (int i = 0; i < W::kLanes; ++i) {
+      if (col + i >= 0 && col + i < cols) out[row * stride + col + i] = lanes[i];
     }
   }
   HFH_HOST_DEVICE void row_done(int64_t) {}
@@ -82,28 +109,27 @@ struct StoreSink {
 /// Multiplies each row with one input vector as it is reconstructed: batch 1.
 template <class W>
 struct DotSink {
+  using Vector = typename W::Vector;
   const float* input;
   float* out;  // one sum a row
   int64_t cols;
-  typename W::Vector sum = {};
+  Vector sum = {};
 
-  HFH_HOST_DEVICE void vector(int64_t, int64_t col, typename W::Vector value) {
-    using Vector = typename W::Vector;
-    if (is_inside<W>(col, cols)) {
-      sum += value * load<Vector>(input + col);
-    } else {
-      // Lanes outside the tile hold whatever the block holds there, NaN perhaps: leave them out.
-      typename W::Scalar lanes[W::kLanes];
-      store(lanes, value);
-      for (int i = 0; i < W::kLanes; ++i) {
-        lanes[i] = col + i >= 0 && col + i < cols ? lanes[i] * input[col + i] : 0;
-      }
-      sum += load<Vector>(lanes);
+  HFH_HOST_DEVICE void vector(int64_t, int64_t col, Vector value) {
+    sum += value * load<Vector>(input + col);
+  }
+  __attribute__((noinline)) void edge(int64_t, int64_t col, Vector value) {
+    // Lanes outside the tile hold whatever the block holds there, NaN perhaps: leave them out.
+    typename W::Scalar lanes[W::kLanes];
+    store(lanes, value);
+    for (int i = 0; i < W::kLanes; ++i) {
+      lanes[i] = col + i >= 0 && col + i < cols ? lanes[i] * input[col + i] : 0;
     }
+    sum += load<Vector>(lanes);
   }
   HFH_HOST_DEVICE void row_done(int64_t row) {
     out[row] = horizontal_sum(sum);
-    sum = typename W::Vector{};
+    sum = Vector{};
   }
 };
 

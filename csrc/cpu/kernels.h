@@ -16,13 +16,19 @@ struct TileBounds {
   int64_t row, rows, col, cols;
 };
 
-/// A batch small enough that each weight is best used as soon as it is made.
-struct SmallBatch {
-  const float* input;  // [batch, in_features], contiguous
+/// Operands of a product with a virtual weight; all contiguous.
+struct LinearBatch {
+  const float* input;  // [batch, in_features]
   const float* bias;   // [out_features] or null
-  void* output;        // [batch, out_features], contiguous
-  DType output_dtype;
+  float* output;       // [batch, out_features]
   int64_t batch, in_features, out_features;
+};
+
+/// Products of every slot of the pool with `num_blocks` blocks of columns of every input:
+/// values[(input * num_blocks + block - first_block) * stride + slot].
+struct SlotProducts {
+  float* values;
+  int64_t stride, first_block, num_blocks;
 };
 
 /// What a tile adds to the pool's gradient: entry i adds `length` values to the pool from
@@ -41,11 +47,26 @@ struct Kernels {
   /// Writes the tile to `out`, row-major, `stride` elements from row to row.
   void (*reconstruct)(const VirtualWeight&, const TileBounds&, void* out, int64_t stride);
 
-  /// Output features [row_begin, row_end) of the batch. `scratch` holds
-  /// `small_batch_scratch(batch)` floats.
-  void (*linear_small)(const VirtualWeight&, const SmallBatch&, int64_t row_begin, int64_t row_end,
-                       float* scratch);
-  size_t (*small_batch_scratch)(int64_t batch);
+  /// output = input V^T + bias, for output features [row_begin, row_end).
+  void (*linear)(const VirtualWeight&, const LinearBatch&, int64_t row_begin, int64_t row_end,
+                 float* scratch);
+  /// output = input V, where `input` is the gradient of a layer's output and `output` that of its
+  /// input: V has as many rows as `in_features`. For columns [col_begin, col_end).
+  void (*linear_backward_input)(const VirtualWeight&, const LinearBatch&, int64_t col_begin,
+                                int64_t col_end, float* scratch);
+  /// Floats of scratch that either takes: a constant.
+  size_t (*linear_scratch)();
+
+  /// Whether outputs can be added up from slot products (see slots.cpp).
+  bool (*has_slot_products)(const VirtualWeight&);
+  /// Fills in the products of slots [slot_begin, slot_end). `scratch` holds
+  /// `slot_products_scratch(batch * num_blocks)` floats.
+  void (*slot_products)(const VirtualWeight&, const SlotProducts&, const LinearBatch&,
+                        int64_t slot_begin, int64_t slot_end, float* scratch);
+  size_t (*slot_products_scratch)(int64_t num_products);
+  /// Adds to output features [row_begin, row_end) what those blocks contribute.
+  void (*add_slot_products)(const VirtualWeight&, const SlotProducts&, const LinearBatch&,
+                            int64_t row_begin, int64_t row_end);
 
   /// Given the tile's gradient (`gradient_dtype`, row-major with `stride`), adds to that of g's
   /// parameters and lists the pool's. `contribution_bounds` says how much that can be.

@@ -51,6 +51,17 @@ HFH_HOST_DEVICE V splat(T x) {
   return x - V{};
 }
 
+/// x, as a whole vector whose origin the compiler cannot see. Of a broadcast it would otherwise
+/// keep the scalar, and repeat the broadcast wherever registers run short.
+HFH_HOST_DEVICE FloatVector opaque(FloatVector x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 template <class U>
 HFH_HOST_DEVICE U splat_uint(uint32_t x) {
   return U{} + x;
@@ -206,9 +217,8 @@ HFH_HOST_DEVICE U count_from(uint32_t first) {
   if constexpr (sizeof(U) == sizeof(uint32_t)) {
     return first;
   } else {
-    U value;
-    for (int lane = 0; lane < kFloatLanes; ++lane) value[lane] = first + lane;
-    return value;
+    static constexpr uint32_t kCount[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load<U>(kCount) + first;
   }
 }
 

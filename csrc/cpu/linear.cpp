@@ -1,111 +1,128 @@
 #include "cpu/declarations.h"
 #include "cpu/forward.h"
+#include "cpu/multiply.h"
 #include "cpu/specialize.h"
 
 HFH_NAMESPACE_BEGIN
 
 namespace {
 
-// Weights are made for a few rows and a stretch of columns at a time, so that both the weights
-// (16 KiB) and the inputs that meet them stay in the first-level cache.
-constexpr int kRows = 8;
-constexpr int kColumns = 512;
-// Of the register tile: kTileBatch * kTileRows sums and kTileRows weights in flight.
-constexpr int kTileBatch = 4;
-constexpr int kTileRows = 4;
-
-void write_output(const cpu::SmallBatch& args, int64_t batch, int64_t row, float value) {
-  if (args.bias != nullptr) value += args.bias[row];
-  const int64_t i = batch * args.out_features + row;
-  if (args.output_dtype == DType::kBFloat16) {
-    static_cast<BFloat16*>(args.output)[i] = round_to_bfloat16(value);
-  } else {
-    static_cast<float*>(args.output)[i] = value;
-  }
-}
-
-void single_input(const VirtualWeight& weight, const cpu::SmallBatch& args, int64_t row_begin,
+void single_input(const VirtualWeight& weight, const cpu::LinearBatch& args, int64_t row_begin,
                   int64_t row_end) {
-  constexpr int64_t kRowsAtOnce = 64;
   specialize(weight, [&]<class W>(W) {
-    if constexpr (W::kLanes == 1) return;  // float64 never comes here
-    else {
-      for (int64_t row = row_begin; row < row_end; row += kRowsAtOnce) {
-        const int64_t rows = row_end - row < kRowsAtOnce ? row_end - row : kRowsAtOnce;
-        float sums[kRowsAtOnce];
-        DotSink<W> sink{args.input, sums, args.in_features};
-        reconstruct_tile<W>(weight, {row, rows, 0, args.in_features}, sink);
-        for (int64_t r = 0; r < rows; ++r) write_output(args, 0, row + r, sums[r]);
-      }
+    if constexpr (W::kLanes > 1) {  // float64 never comes here
+      DotSink<W> sink{args.input, args.output + row_begin, args.in_features};
+      reconstruct_tile<W>(weight, {row_begin, row_end - row_begin, 0, args.in_features}, sink);
     }
   });
+  for (int64_t row = row_begin; args.bias != nullptr && row < row_end; ++row) {
+    args.output[row] += args.bias[row];
+  }
 }
 
-/// sums[m][r] += sum over the stretch of input[m] * weights[r], lane by lane.
-template <int kBatch>
-HFH_HOST_DEVICE void multiply(const float* input, int64_t input_stride, const float* weights,
-                              int64_t cols, FloatVector* sums) {
-  FloatVector sum[kBatch][kTileRows];
-  for (int m = 0; m < kBatch; ++m) {
-    for (int r = 0; r < kTileRows; ++r) sum[m][r] = load<FloatVector>(&sums[m * kRows + r]);
-  }
-  const auto step = [&](auto load_vector, int64_t col) {
-    FloatVector w[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) w[r] = load_vector(weights + r * kColumns + col);
-    for (int m = 0; m < kBatch; ++m) {
-      const FloatVector x = load_vector(input + m * input_stride + col);
-      for (int r = 0; r < kTileRows; ++r) sum[m][r] += x * w[r];
+// What stays in the second-level cache: kDepth columns of the inputs, and panels of kPanelRows
+// weight rows that meet them, transposed so that a vector holds neighbouring output features.
+constexpr int64_t kDepth = 512;
+constexpr int64_t kPanelRows = 128;
+// Not a power of two, which would map all rows of a tile to the same few cache lines.
+constexpr int64_t kInputStride = kDepth + 16;
+constexpr int64_t kBatchAtOnce = 64 * kTileRows;
+constexpr int64_t kInputFloats = kBatchAtOnce * kInputStride;
+
+struct PanelScratch {
+  float* input;  // [kBatchAtOnce, kInputStride]
+  float* rows;   // [kFloatLanes, kDepth]
+  float* panel;  // [kDepth, kPanelRows]
+
+  explicit PanelScratch(float* memory)
+      : input(memory), rows(input + kInputFloats), panel(rows + kFloatLanes * kDepth) {}
+  static constexpr size_t kFloats = kInputFloats + kFloatLanes * kDepth + kDepth * kPanelRows;
+};
+
+/// panel[k][r] = V[tile.row + r][tile.col + k]; what lies past the tile is undefined.
+void reconstruct_transposed(const VirtualWeight& weight, const Tile& tile,
+                            const PanelScratch& scratch) {
+  for (int64_t r = 0; r < tile.rows; r += kFloatLanes) {
+    const int64_t count = tile.rows - r < kFloatLanes ? tile.rows - r : kFloatLanes;
+    reconstruct_kernel(weight, {tile.row + r, count, tile.col, tile.cols}, scratch.rows, kDepth);
+    for (int64_t k = 0; k < tile.cols; k += kFloatLanes) {
+      transpose_square(scratch.rows + k, kDepth, scratch.panel + k * kPanelRows + r, kPanelRows);
     }
-  };
-  int64_t col = 0;
-  for (; col + kFloatLanes <= cols; col += kFloatLanes) {
-    step([](const float* source) { return load<FloatVector>(source); }, col);
-  }
-  if (col < cols) {
-    const int left = static_cast<int>(cols - col);
-    step([left](const float* source) { return load_partial<FloatVector>(source, left); }, col);
-  }
-  for (int m = 0; m < kBatch; ++m) {
-    for (int r = 0; r < kTileRows; ++r) store(&sums[m * kRows + r], sum[m][r]);
   }
 }
+
+void panel_rows(const VirtualWeight& weight, const cpu::LinearBatch& args, int64_t row_begin,
+                int64_t row_end, float* memory) {
+  const PanelScratch scratch(memory);
+  // A large batch crowds the panel's lines out while it passes by: let it pass less often.
+  const int64_t rows_at_once = args.batch <= 256 ? kPanelRows / 2 : kPanelRows;
+  for (int64_t first = 0; first < args.batch; first += kBatchAtOnce) {
+    const int64_t count = args.batch - first < kBatchAtOnce ? args.batch - first : kBatchAtOnce;
+    const float* input = args.input + first * args.in_features;
+    float* output = args.output + first * args.out_features;
+    for (int64_t m = 0; m < count; ++m) {
+      for (int64_t row = row_begin; row < row_end; ++row) {
+        output[m * args.out_features + row] = args.bias != nullptr ? args.bias[row] : 0.0f;
+      }
+    }
+    for (int64_t col = 0; col < args.in_features; col += kDepth) {
+      const int64_t cols = args.in_features - col < kDepth ? args.in_features - col : kDepth;
+      for (int64_t m = 0; m < count; ++m) {
+        std::memcpy(scratch.input + m * kInputStride, input + m * args.in_features + col,
+                    cols * sizeof(float));
+      }
+      for (int64_t row = row_begin; row < row_end; row += rows_at_once) {
+        const int64_t rows = row_end - row < rows_at_once ? row_end - row : rows_at_once;
+        reconstruct_transposed(weight, {row, rows, col, cols}, scratch);
+        multiply_add<kInputStride>(count, rows, cols, scratch.input, scratch.panel, kPanelRows,
+                                   output + row, args.out_features);
+      }
+    }
+  }
+}
+
+// Of the gradient to the input: panels of the weight as it is, so that a vector holds neighbouring
+// input features.
+constexpr int64_t kGradRows = 64;
+constexpr int64_t kGradCols = 512;
+constexpr int64_t kGradStride = kGradRows + 16;
+constexpr int64_t kGradBatch = kInputFloats / kGradStride;
+static_assert(kInputFloats + kGradRows * kGradCols <= PanelScratch::kFloats);
 
 }  // namespace
 
-size_t small_batch_scratch_kernel(int64_t batch) {
-  return kRows * kColumns + static_cast<size_t>(batch) * kRows * kFloatLanes;
+size_t linear_scratch_kernel() { return PanelScratch::kFloats; }
+
+void linear_kernel(const VirtualWeight& weight, const cpu::LinearBatch& args, int64_t row_begin,
+                   int64_t row_end, float* scratch) {
+  if (args.batch == 1) return single_input(weight, args, row_begin, row_end);
+  panel_rows(weight, args, row_begin, row_end, scratch);
 }
 
-void linear_small_kernel(const VirtualWeight& weight, const cpu::SmallBatch& args,
-                         int64_t row_begin, int64_t row_end, float* scratch) {
-  if (args.batch == 1) return single_input(weight, args, row_begin, row_end);
-  float* weights = scratch;
-  auto* sums = reinterpret_cast<FloatVector*>(scratch + kRows * kColumns);
-  for (int64_t row = row_begin; row < row_end; row += kRows) {
-    const int64_t rows = row_end - row < kRows ? row_end - row : kRows;
-    for (int64_t i = 0; i < args.batch * kRows; ++i) store(&sums[i], FloatVector{});
-    for (int64_t col = 0; col < args.in_features; col += kColumns) {
-      const int64_t left = args.in_features - col;
-      const int64_t cols = left < kColumns ? left : kColumns;
-      reconstruct_kernel(weight, {row, rows, col, cols}, weights, kColumns);
-      for (int64_t m = 0; m < args.batch; m += kTileBatch) {
-        const float* input = args.input + m * args.in_features + col;
-        for (int r = 0; r < rows; r += kTileRows) {
-          FloatVector* tile_sums = sums + m * kRows + r;
-          const float* tile_weights = weights + r * kColumns;
-          switch (args.batch - m) {
-            case 1: multiply<1>(input, args.in_features, tile_weights, cols, tile_sums); break;
-            case 2: multiply<2>(input, args.in_features, tile_weights, cols, tile_sums); break;
-            case 3: multiply<3>(input, args.in_features, tile_weights, cols, tile_sums); break;
-            default: multiply<4>(input, args.in_features, tile_weights, cols, tile_sums);
-          }
-        }
-      }
+void linear_backward_input_kernel(const VirtualWeight& weight, const cpu::LinearBatch& args,
+                                  int64_t col_begin, int64_t col_end, float* scratch) {
+  float* grad_output = scratch;
+  float* panel = scratch + kInputFloats;
+  for (int64_t first = 0; first < args.batch; first += kGradBatch) {
+    const int64_t count = args.batch - first < kGradBatch ? args.batch - first : kGradBatch;
+    const float* input = args.input + first * args.in_features;
+    float* output = args.output + first * args.out_features;
+    for (int64_t m = 0; m < count; ++m) {
+      float* row = output + m * args.out_features;
+      for (int64_t col = col_begin; col < col_end; ++col) row[col] = 0.0f;
     }
-    for (int64_t m = 0; m < args.batch; ++m) {
-      for (int64_t r = 0; r < rows; ++r) {
-        const FloatVector sum = load<FloatVector>(&sums[m * kRows + r]);
-        write_output(args, m, row + r, horizontal_sum(sum));
+    for (int64_t col = col_begin; col < col_end; col += kGradCols) {
+      const int64_t cols = col_end - col < kGradCols ? col_end - col : kGradCols;
+      for (int64_t row = 0; row < args.in_features; row += kGradRows) {
+        const int64_t rows =
+            args.in_features - row < kGradRows ? args.in_features - row : kGradRows;
+        for (int64_t m = 0; m < count; ++m) {
+          std::memcpy(grad_output + m * kGradStride, input + m * args.in_features + row,
+                      rows * sizeof(float));
+        }
+        reconstruct_kernel(weight, {row, rows, col, cols}, panel, kGradCols);
+        multiply_add<kGradStride>(count, cols, rows, grad_output, panel, kGradCols, output + col,
+                                  args.out_features);
       }
     }
   }

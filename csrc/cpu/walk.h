@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cpu/lanes.h"
@@ -37,8 +38,12 @@ struct With {
 /// Whether a vector from column `col` on lies inside a tile of `cols` columns.
 template <class W>
 HFH_HOST_DEVICE bool is_inside(int64_t col, int64_t cols) {
-  return cols >= W::kLanes &&
-         static_cast<uint64_t>(col) <= static_cast<uint64_t>(cols - W::kLanes);
+  return cols >= W::kLanes && static_cast<uint64_t>(col) <= static_cast<uint64_t>(cols - W::kLanes);
+}
+
+template <class W>
+HFH_HOST_DEVICE ptrdiff_t round_up_to_lanes(ptrdiff_t count) {
+  return (count + W::kLanes - 1) / W::kLanes * W::kLanes;
 }
 
 /// g's parameters as a local copy: a store through a pointer cannot alias it, so the compiler may
@@ -60,7 +65,7 @@ struct BlockDraws {
 
   // Not inlined: its constants would take the registers of the loop over the weights.
   __attribute__((noinline)) void compute(const typename W::Shape& shape, const HashParams& params,
-                               uint32_t row_key, uint32_t base, uint32_t first_block) {
+                                         uint32_t row_key, uint32_t base, uint32_t first_block) {
     using Uint = typename W::Uint;
     const Uint key = weight_key(splat_uint<Uint>(row_key), count_from<Uint>(first_block));
     for (int u = 0; u < shape.num_hashes(); ++u) {
@@ -88,10 +93,11 @@ struct BlockRange {
   }
 };
 
-/// Visits the tile row by row, blocks in order. `prepare(draws)` sees each group of draws before its
-/// blocks; `visit(row, col, draws, next, lane, phase, stop)` sees each block: `col` is the column of
-/// its element `phase`, relative to the tile (below 0 at a ragged start), and [phase, stop) what the
-/// tile takes of it. `next` is the group after, drawn already so that its lines can be prefetched.
+/// Visits the tile row by row, blocks in order. `prepare(draws)` sees each group of draws before
+/// its blocks; `visit(row, col, draws, next, lane, phase, stop)` sees each block: `col` is the
+/// column of its element `phase`, relative to the tile (below 0 at a ragged start), and [phase,
+/// stop) what the tile takes of it. `next` is the group after, drawn already so that its lines can
+/// be prefetched.
 template <class W, class Draws, class Prepare, class Visit, class RowDone>
 HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::Shape& shape,
                                  const Tile& tile, const Prepare& prepare, const Visit& visit,
@@ -127,8 +133,8 @@ HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::
             block_start < range.start ? static_cast<uint32_t>(range.start - block_start) : 0;
         const uint64_t left = range.end - block_start;
         const uint32_t stop = left < block ? static_cast<uint32_t>(left) : block;
-        visit(row, static_cast<int64_t>(block_start + phase - range.begin), draws, next, lane, phase,
-              stop);
+        visit(row, static_cast<int64_t>(block_start + phase - range.begin), draws, next, lane,
+              phase, stop);
       }
       current = 1 - current;
     }
@@ -166,8 +172,7 @@ HFH_HOST_DEVICE void walk_elements(const VirtualWeight& weight, const typename W
         const Draw<Uint> one = draw(key, hash_lane(u), base, params);
         draws.offset[u] = (one.slot << params.log2_block) + within;
         draws.sign[u] = one.sign;
-        draws.a[u] =
-            flip_sign(gather<typename W::Vector>(pool, draws.offset[u]), draws.sign[u]);
+        draws.a[u] = flip_sign(gather<typename W::Vector>(pool, draws.offset[u]), draws.sign[u]);
       }
       visit(row, col, draws);
     }

@@ -66,10 +66,9 @@ struct Draw {
   U sign;  // bit 31 set: the element enters negated; all other bits clear
 };
 
-/// Slot and sign of one hash function. `base` is `window_base` of the row.
-template <class U>
-HFH_HOST_DEVICE constexpr Draw<U> draw(U key, uint32_t lane, uint32_t base,
-                                       const HashParams& params) {
+/// Slot and sign of one hash function. `base` is `window_base` of the row, or of each lane's row.
+template <class U, class Base>
+HFH_HOST_DEVICE constexpr Draw<U> draw(U key, uint32_t lane, Base base, const HashParams& params) {
   U hash = key * lane;
   hash ^= hash >> 15;
   hash *= 0x2c1b3c6du;

@@ -10,18 +10,15 @@
 HFH_NAMESPACE_BEGIN
 
 /// g with its shape known at compile time: loops unroll and parameters stay in registers.
-template <int kHashes, int kDepth, int kWidth>
+template <int kHashes, int kDepth, int kWidth, Activation kActivation>
 struct FixedShape {
   static constexpr int kHashesBound = kHashes;
   static constexpr int kWidthBound = kWidth;
-  explicit FixedShape(const VirtualWeight& weight) : activation_(weight.reconstruct.activation) {}
+  explicit FixedShape(const VirtualWeight&) {}
   static constexpr int num_hashes() { return kHashes; }
   static constexpr int depth() { return kDepth; }
   static constexpr int width() { return kWidth; }
-  Activation activation() const { return activation_; }
-
- private:
-  Activation activation_;
+  static constexpr Activation activation() { return kActivation; }
 };
 
 /// g of any shape.
@@ -64,7 +61,8 @@ HFH_HOST_DEVICE void activate(const Shape& shape, V* x) {
 template <class V, class Shape>
 HFH_HOST_DEVICE void activate_backward(const Shape& shape, const V* y, V* gradient) {
   if (shape.activation() == Activation::kReLU) {
-    for (int j = 0; j < shape.width(); ++j) gradient[j] = zero_where_not_positive(y[j], gradient[j]);
+    for (int j = 0; j < shape.width(); ++j)
+      gradient[j] = zero_where_not_positive(y[j], gradient[j]);
   } else {
     for (int j = 0; j < shape.width(); ++j) gradient[j] -= gradient[j] * y[j] * y[j];
   }
@@ -74,10 +72,10 @@ HFH_HOST_DEVICE void activate_backward(const Shape& shape, const V* y, V* gradie
 template <class V, class Weight, class T>
 HFH_HOST_DEVICE void affine(int outputs, int inputs, const Weight& weight, const T* bias,
                             const V* in, V* out) {
-  for (int j = 0; j < outputs; ++j) {
-    V sum = splat<V>(bias[j]);
-    for (int i = 0; i < inputs; ++i) sum += weight(j * inputs + i) * in[i];
-    out[j] = sum;
+  for (int j = 0; j < outputs; ++j) out[j] = splat<V>(bias[j]);
+  // Input by input: one input is live at a time, and the sums are independent of each other.
+  for (int i = 0; i < inputs; ++i) {
+    for (int j = 0; j < outputs; ++j) out[j] += weight(j * inputs + i) * in[i];
   }
 }
 
@@ -146,8 +144,9 @@ HFH_HOST_DEVICE void reconstruct_backward(const Shape& shape, const T* theta, co
     const int middle = layer, middle_bias = middle + width * width;
     layer = middle_bias + width;
     V next[Shape::kWidthBound], grad_next[Shape::kWidthBound];
-    affine(width, width, [theta, middle](int i) { return theta[middle + i]; }, theta + middle_bias,
-           hidden, next);
+    affine(
+        width, width, [theta, middle](int i) { return theta[middle + i]; }, theta + middle_bias,
+        hidden, next);
     activate(shape, next);
     affine_backward(1, width, theta + layer, next, &gradient, grad_theta + layer,
                     grad_theta + layer + width, grad_next);

@@ -37,15 +37,13 @@ std::tuple<Tensor, Tensor> call_materialize_backward(const Tensor& grad, const T
 }
 
 Tensor call_linear(const Tensor& input, const Tensor& pool, const Tensor& theta,
-                   const std::optional<Tensor>& bias, int64_t out_features,
-                   HFH_WEIGHT_PARAMETERS) {
+                   const std::optional<Tensor>& bias, int64_t out_features, HFH_WEIGHT_PARAMETERS) {
   static const auto op = find_operator<decltype(call_linear)>("hfh::linear");
   return op.call(input, pool, theta, bias, out_features, HFH_WEIGHT_ARGUMENTS);
 }
 
 Tensor call_linear_backward_input(const Tensor& grad_output, const Tensor& pool,
-                                  const Tensor& theta, int64_t in_features,
-                                  HFH_WEIGHT_PARAMETERS) {
+                                  const Tensor& theta, int64_t in_features, HFH_WEIGHT_PARAMETERS) {
   static const auto op =
       find_operator<decltype(call_linear_backward_input)>("hfh::linear_backward_input");
   return op.call(grad_output, pool, theta, in_features, HFH_WEIGHT_ARGUMENTS);
@@ -53,8 +51,7 @@ Tensor call_linear_backward_input(const Tensor& grad_output, const Tensor& pool,
 
 std::tuple<Tensor, Tensor> call_linear_backward_weight(const Tensor& grad_output,
                                                        const Tensor& input, const Tensor& pool,
-                                                       const Tensor& theta,
-                                                       HFH_WEIGHT_PARAMETERS) {
+                                                       const Tensor& theta, HFH_WEIGHT_PARAMETERS) {
   static const auto op =
       find_operator<decltype(call_linear_backward_weight)>("hfh::linear_backward_weight");
   return op.call(grad_output, input, pool, theta, HFH_WEIGHT_ARGUMENTS);
@@ -75,23 +72,24 @@ auto call_with_weight(const F& f, const c10::IValue& packed, const Args&... args
            w[10].toInt());
 }
 
-/// Where a graph of the backward pass is asked for, makes a second backward through `gradients` an
-/// error instead of a silent zero.
-variable_list differentiable_once(variable_list gradients) {
+/// Where a graph of the backward pass is asked for, makes a second backward an error instead of a
+/// silent zero: whoever differentiates `gradients` comes upon it on every way to `inputs`.
+variable_list differentiable_once(variable_list gradients, const variable_list& inputs) {
   if (!at::GradMode::is_enabled()) return gradients;
-  variable_list fakes, result(gradients.size());
+  variable_list guarded;
   for (const Tensor& gradient : gradients) {
-    if (gradient.defined()) fakes.push_back(gradient.detach().requires_grad_());
+    if (gradient.defined()) guarded.push_back(gradient.detach().requires_grad_());
   }
+  guarded.insert(guarded.end(), inputs.begin(), inputs.end());
   const auto error = std::make_shared<torch::autograd::DelayedError>(
       "the hfh kernels are differentiable once; backend='reference' is twice differentiable",
-      static_cast<int64_t>(fakes.size()));
-  variable_list guarded = (*error)(std::move(fakes));
+      static_cast<int64_t>(guarded.size()));
+  guarded = (*error)(std::move(guarded));
   size_t next = 0;
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    if (gradients[i].defined()) result[i] = std::move(guarded[next++]);
+  for (Tensor& gradient : gradients) {
+    if (gradient.defined()) gradient = guarded[next++];
   }
-  return result;
+  return gradients;
 }
 
 bool needs_graph(std::initializer_list<const Tensor*> tensors) {
@@ -119,7 +117,7 @@ struct Materialize : torch::autograd::Function<Materialize> {
       std::tie(result[0], result[1]) = call_with_weight(
           call_materialize_backward, ctx->saved_data["weight"], grads[0], saved[0], saved[1]);
     }
-    return differentiable_once(std::move(result));
+    return differentiable_once(std::move(result), {saved[0], saved[1], grads[0]});
   }
 };
 
@@ -139,6 +137,7 @@ struct Linear : torch::autograd::Function<Linear> {
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({input, pool, theta});
     ctx->saved_data["weight"] = weight;
+    ctx->saved_data["has_bias"] = bias.has_value();
     return call_with_weight(call_linear, weight, input, pool, theta, bias, out_features);
   }
 
@@ -146,24 +145,26 @@ struct Linear : torch::autograd::Function<Linear> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &pool = saved[1], &theta = saved[2], &grad = grads[0];
     const c10::IValue weight = ctx->saved_data["weight"];
+    // Not size(-1), which would fix every size of a traced tensor, the batch's among them.
+    const int64_t in_features = input.sym_size(-1).guard_int(__FILE__, __LINE__);
     variable_list result(6);
     {
       at::AutoDispatchBelowADInplaceOrView guard;
       if (ctx->needs_input_grad(0)) {
-        result[0] = call_with_weight(call_linear_backward_input, weight, grad, pool, theta,
-                                     input.size(-1));
+        result[0] =
+            call_with_weight(call_linear_backward_input, weight, grad, pool, theta, in_features);
       }
       if (ctx->needs_input_grad(1) || ctx->needs_input_grad(2)) {
         std::tie(result[1], result[2]) =
             call_with_weight(call_linear_backward_weight, weight, grad, input, pool, theta);
       }
-      if (ctx->needs_input_grad(3)) {
+      if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)) {
         std::vector<int64_t> batch_dims(grad.dim() - 1);
         for (size_t i = 0; i < batch_dims.size(); ++i) batch_dims[i] = static_cast<int64_t>(i);
         result[3] = batch_dims.empty() ? grad : grad.sum(batch_dims);
       }
     }
-    return differentiable_once(std::move(result));
+    return differentiable_once(std::move(result), {input, pool, theta, grad});
   }
 };
 

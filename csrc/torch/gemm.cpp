@@ -22,8 +22,12 @@ Matrix Matrix::slice(int64_t row, int64_t num_rows, int64_t col, int64_t num_col
 }
 
 Matrix matrix_of(const at::Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.size(0), tensor.size(1),
-          tensor.stride(0), tensor.stride(1), tensor.scalar_type()};
+  return {const_cast<void*>(tensor.const_data_ptr()),
+          tensor.size(0),
+          tensor.size(1),
+          tensor.stride(0),
+          tensor.stride(1),
+          tensor.scalar_type()};
 }
 
 void gemm(const Matrix& a, const Matrix& b, const Matrix& out, bool accumulate) {

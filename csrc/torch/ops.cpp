@@ -24,7 +24,8 @@ int64_t rows_of(const at::Tensor& tensor) {
 
 void check_matrix_like(const at::Tensor& tensor, const char* name) {
   check_cpu(tensor, name);
-  TORCH_CHECK_VALUE(tensor.dim() >= 1, name, " must have at least one dimension, received a 0-d tensor");
+  TORCH_CHECK_VALUE(tensor.dim() >= 1, name,
+                    " must have at least one dimension, received a 0-d tensor");
 }
 
 std::tuple<at::Tensor, at::Tensor> hash_index(const at::Tensor& rows, const at::Tensor& cols,

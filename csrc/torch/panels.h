@@ -10,8 +10,8 @@
 namespace hfh::torch_ops {
 
 /// out[batch, rows] = input[batch, cols] V^T + bias
-void multiply_forward(const CheckedWeight& weight, const at::Tensor& input,
-                      const at::Tensor& bias, at::Tensor& out);
+void multiply_forward(const CheckedWeight& weight, const at::Tensor& input, const at::Tensor& bias,
+                      at::Tensor& out);
 
 /// grad_input[batch, cols] = grad_output[batch, rows] V
 void multiply_backward_input(const CheckedWeight& weight, const at::Tensor& grad_output,

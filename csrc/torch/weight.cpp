@@ -27,8 +27,8 @@ HashParams checked_hash(int64_t seed, int64_t num_hashes, int64_t pool_size, int
   TORCH_CHECK_VALUE(block >= 1 && block <= kMaxBlock && (block & (block - 1)) == 0,
                     "block must be a power of two in [1, ", kMaxBlock, "], received ", block);
   TORCH_CHECK_VALUE(pool_size >= 1 && pool_size < kPoolEnd && pool_size % block == 0,
-                    "pool size must be a multiple of block (", block,
-                    ") in [1, 2**31), received ", pool_size);
+                    "pool size must be a multiple of block (", block, ") in [1, 2**31), received ",
+                    pool_size);
   TORCH_CHECK_VALUE((window == 0) == (rows_per_window == 0),
                     "window and rows_per_window go together, received ", window, " and ",
                     rows_per_window);
@@ -54,8 +54,9 @@ void check_cpu(const at::Tensor& tensor, const char* name) {
 void check_activation_dtype(const at::Tensor& tensor, const char* name, const at::Tensor& pool) {
   const auto dtype = tensor.scalar_type();
   const bool both_double = dtype == at::kDouble && pool.scalar_type() == at::kDouble;
-  const bool both_single = (dtype == at::kFloat || dtype == at::kBFloat16) &&
-                           (pool.scalar_type() == at::kFloat || pool.scalar_type() == at::kBFloat16);
+  const bool both_single =
+      (dtype == at::kFloat || dtype == at::kBFloat16) &&
+      (pool.scalar_type() == at::kFloat || pool.scalar_type() == at::kBFloat16);
   TORCH_CHECK_TYPE(both_double || both_single, "the cpu kernels take ", name,
                    " and pool in float32 or bfloat16, or both in float64; received ", dtype,
                    " and ", pool.scalar_type(), " (backend='reference' takes any)");
@@ -95,11 +96,18 @@ CheckedWeight::CheckedWeight(const at::Tensor& pool, const at::Tensor& theta, in
   pool_ = pool.contiguous();
   weight_.pool = pool_.const_data_ptr();
   switch (pool.scalar_type()) {
-    case at::kFloat: weight_.pool_dtype = DType::kFloat32; break;
-    case at::kBFloat16: weight_.pool_dtype = DType::kBFloat16; break;
-    case at::kDouble: weight_.pool_dtype = DType::kFloat64; break;
+    case at::kFloat:
+      weight_.pool_dtype = DType::kFloat32;
+      break;
+    case at::kBFloat16:
+      weight_.pool_dtype = DType::kBFloat16;
+      break;
+    case at::kDouble:
+      weight_.pool_dtype = DType::kFloat64;
+      break;
     default:
-      TORCH_CHECK_TYPE(false, "the cpu kernels take pool in float32, bfloat16 or float64; received ",
+      TORCH_CHECK_TYPE(false,
+                       "the cpu kernels take pool in float32, bfloat16 or float64; received ",
                        pool.scalar_type(), " (backend='reference' takes any)");
   }
 

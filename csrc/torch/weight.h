@@ -14,13 +14,13 @@ namespace hfh::torch_ops {
 
 /// The arguments that every operator over a virtual weight shares, in the order of the schemas in
 /// hfh_kernels/ops/library.py.
-#define HFH_WEIGHT_PARAMETERS                                                                  \
-  int64_t seed, int64_t num_hashes, int64_t block, int64_t window, int64_t rows_per_window,    \
-      int64_t depth, int64_t width, c10::string_view activation, double scale,                 \
-      int64_t row_offset, int64_t col_offset
-#define HFH_WEIGHT_ARGUMENTS                                                                  \
-  seed, num_hashes, block, window, rows_per_window, depth, width, activation, scale,          \
-      row_offset, col_offset
+#define HFH_WEIGHT_PARAMETERS                                                                      \
+  int64_t seed, int64_t num_hashes, int64_t block, int64_t window, int64_t rows_per_window,        \
+      int64_t depth, int64_t width, c10::string_view activation, double scale, int64_t row_offset, \
+      int64_t col_offset
+#define HFH_WEIGHT_ARGUMENTS                                                                     \
+  seed, num_hashes, block, window, rows_per_window, depth, width, activation, scale, row_offset, \
+      col_offset
 
 struct WeightArguments {
   int64_t seed, num_hashes, block, window, rows_per_window, depth, width;

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hfh_kernels import _extension
 from hfh_kernels.spec import COORDINATES, HashSpec, Reconstruction, require_int
@@ -50,7 +51,7 @@ class Weight(NamedTuple):
 WEIGHT = ", ".join(f"{kind.__name__} {name}" for name, kind in Weight.__annotations__.items())
 """The same arguments as a schema fragment."""
 
-LIBRARY: Any = torch.library.Library("hfh", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library("hfh", "DEF")
 
 
 def make_hash_spec(
@@ -67,12 +68,21 @@ def make_hash_spec(
     )
 
 
+def require_same_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ValueError unless both tensors are on one device."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on the device of {like_name}, {like.device}, received {tensor.device}"
+        )
+
+
 def define(
     name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
     """Define ``hfh::name``.
 
-    The extension brings kernels and autograd, and needs ``fake`` for its shapes. Without it the
+    The extension brings kernels and autograd, and needs ``fake`` for its shapes; as fakes also run
+    where one tensor is on the meta device, they check the devices. Without the extension the
     operator is its ``reference``, and PyTorch differentiates and traces through that.
     """
     LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hfh_kernels.ops.library import LIBRARY, make_hash_spec
+from hfh_kernels.ops.library import LIBRARY, make_hash_spec, require_same_device
 from hfh_kernels.spec import HashSpec
 
 GOLDEN = 0x9E3779B9
@@ -50,10 +50,7 @@ def hash_index(
             raise TypeError(f"{name} must have dtype torch.int64, received {indices.dtype}")
         if indices.dim() != 1:
             raise ValueError(f"{name} must be 1-d, received shape {list(indices.shape)}")
-    if rows.device != cols.device:
-        raise ValueError(
-            f"cols must be on the device of rows, {rows.device}, received {cols.device}"
-        )
+    require_same_device("cols", cols, "rows", rows)
     spec = make_hash_spec(seed, num_hashes, pool_size, block, window, rows_per_window)
     slots, negative = slots_of(rows, cols // block, spec)
     offsets = slots * block + cols % block

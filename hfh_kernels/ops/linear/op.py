@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfh_kernels import _extension
-from hfh_kernels.ops.library import LIBRARY, WEIGHT, define
+from hfh_kernels.ops.library import LIBRARY, WEIGHT, define, require_same_device
 from hfh_kernels.ops.linear import reference
 
 
@@ -21,18 +21,27 @@ def fake_linear(
     out_features: int,
     *weight: Any,
 ) -> Tensor:
+    require_same_device("pool", pool, "input", input)
+    require_same_device("theta", theta, "input", input)
+    if bias is not None:
+        require_same_device("bias", bias, "input", input)
     return input.new_empty((*input.shape[:-1], out_features))
 
 
 def fake_linear_backward_input(
     grad_output: Tensor, pool: Tensor, theta: Tensor, in_features: int, *weight: Any
 ) -> Tensor:
+    require_same_device("pool", pool, "grad_output", grad_output)
+    require_same_device("theta", theta, "grad_output", grad_output)
     return grad_output.new_empty((*grad_output.shape[:-1], in_features))
 
 
 def fake_linear_backward_weight(
     grad_output: Tensor, input: Tensor, pool: Tensor, theta: Tensor, *weight: Any
 ) -> tuple[Tensor, Tensor]:
+    require_same_device("input", input, "grad_output", grad_output)
+    require_same_device("pool", pool, "grad_output", grad_output)
+    require_same_device("theta", theta, "grad_output", grad_output)
     return pool.new_empty(pool.shape), theta.new_empty(theta.shape)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfh_kernels.ops.library import Weight
+from hfh_kernels.ops.library import Weight, require_same_device
 from hfh_kernels.ops.materialize.reference import virtual_weight
 
 
@@ -40,7 +40,7 @@ def linear(
         raise TypeError(f"input must be a floating-point tensor, received {input.dtype}")
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension, received shape []")
-    _require_same_device("pool", pool, input)
+    require_same_device("pool", pool, "input", input)
     if bias is not None:
         require_bias(bias, input, out_features)
     virtual = virtual_weight(pool, theta, out_features, input.shape[-1], Weight(*weight))
@@ -71,20 +71,13 @@ def linear_backward_weight(
 
 def require_bias(bias: Tensor, input: Tensor, out_features: int) -> None:
     """Raise unless bias is [out_features] on input's device and, without autocast, in its dtype."""
-    _require_same_device("bias", bias, input)
+    require_same_device("bias", bias, "input", input)
     if bias.shape != (out_features,):
         raise ValueError(
             f"bias must have shape [{out_features}], received shape {list(bias.shape)}"
         )
     if bias.dtype != input.dtype and not _autocast_enabled(input.device):
         raise TypeError(f"bias must have the dtype of input, {input.dtype}, received {bias.dtype}")
-
-
-def _require_same_device(name: str, tensor: Tensor, input: Tensor) -> None:
-    if tensor.device != input.device:
-        raise ValueError(
-            f"{name} must be on the device of input, {input.device}, received {tensor.device}"
-        )
 
 
 def _autocast_enabled(device: torch.device) -> bool:

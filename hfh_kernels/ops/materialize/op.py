@@ -6,17 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from hfh_kernels.ops.library import WEIGHT, define
+from hfh_kernels.ops.library import WEIGHT, define, require_same_device
 from hfh_kernels.ops.materialize import reference
 
 
 def fake_materialize(pool: Tensor, theta: Tensor, rows: int, cols: int, *weight: Any) -> Tensor:
+    require_same_device("theta", theta, "pool", pool)
     return pool.new_empty((rows, cols))
 
 
 def fake_materialize_backward(
     grad: Tensor, pool: Tensor, theta: Tensor, *weight: Any
 ) -> tuple[Tensor, Tensor]:
+    require_same_device("grad", grad, "pool", pool)
+    require_same_device("theta", theta, "pool", pool)
     return pool.new_empty(pool.shape), theta.new_empty(theta.shape)
 
 

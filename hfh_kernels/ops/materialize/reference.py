@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hfh_kernels.ops.hash_index.reference import slots_of
-from hfh_kernels.ops.library import Weight
+from hfh_kernels.ops.library import Weight, require_same_device
 from hfh_kernels.spec import Reconstruction
 
 
@@ -116,10 +116,7 @@ def _require_parameters(
             f"theta must have shape [{reconstruction.num_parameters(num_hashes)}] for "
             f"num_hashes={num_hashes} and {reconstruction}, received shape {list(theta.shape)}"
         )
-    if theta.device != pool.device:
-        raise ValueError(
-            f"theta must be on the device of pool, {pool.device}, received {theta.device}"
-        )
+    require_same_device("theta", theta, "pool", pool)
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

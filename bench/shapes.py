@@ -1,0 +1,72 @@
+"""The one table of what is measured: the layer of the published figures, and their rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from hfh_kernels.nn import HFHLinear, Pool
+
+IN_FEATURES = OUT_FEATURES = 4096
+NUM_WEIGHTS = IN_FEATURES * OUT_FEATURES
+POOL_SIZE = NUM_WEIGHTS // 16
+BATCHES = (1, 8, 32, 128, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table: a layer, how it is run, and what to reach at which batch."""
+
+    name: str
+    depth: int = 2
+    block: int = 64
+    backward: bool = False
+    dtype: torch.dtype = torch.float32
+    num_hashes: int = 4
+    width: int = 4
+    targets: dict[int, float] = dataclasses.field(default_factory=dict, hash=False)
+    """Time relative to the dense layer, by batch."""
+
+    def pool(self) -> Pool:
+        return Pool(POOL_SIZE, dtype=self.dtype)
+
+    def layer(self, pool: Pool) -> HFHLinear:
+        """relu, no bias."""
+        return HFHLinear(
+            IN_FEATURES,
+            OUT_FEATURES,
+            bias=False,
+            pool=pool,
+            num_hashes=self.num_hashes,
+            depth=self.depth,
+            width=self.width,
+            block=self.block,
+        )
+
+    def dense_weight(self) -> torch.nn.Parameter:
+        weight = torch.empty(OUT_FEATURES, IN_FEATURES, dtype=self.dtype)
+        return torch.nn.Parameter(weight.normal_(std=(3 * IN_FEATURES) ** -0.5))
+
+
+FORWARD = Row(
+    "forward, depth 2",
+    targets={1: 0.70, 8: 0.75, 32: 0.95, 128: 1.00, 512: 1.05},
+)
+FORWARD_BACKWARD = Row(
+    "forward + backward, depth 2",
+    backward=True,
+    targets={128: 1.25, 512: 1.12},
+)
+ROWS = (
+    FORWARD,
+    Row(
+        "forward, depth 1",
+        depth=1,
+        targets={1: 0.38, 8: 0.55, 32: 0.90, 128: 0.98, 512: 1.03},
+    ),
+    Row("forward, depth 2, block 1", block=1, targets={512: 1.30}),
+    FORWARD_BACKWARD,
+    Row("forward, depth 2, bfloat16", dtype=torch.bfloat16, targets={1: 1.00}),
+    Row("forward, depth 1, bfloat16", depth=1, dtype=torch.bfloat16, targets={1: 1.00}),
+)

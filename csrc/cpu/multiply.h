@@ -1,0 +1,116 @@
+#pragma once
+
+#include "cpu/lanes.h"
+
+// The matrix product of the fused kernels: sums stay in registers while a stretch of weights passes
+// by, each weight vector loaded once for all rows of a tile.
+
+HFH_NAMESPACE_BEGIN
+
+// A tile of kTileRows x kTileCols sums takes all registers but the few its factors need.
+#if defined(__AVX512F__)
+inline constexpr int kTileRows = 12;
+#else
+inline constexpr int kTileRows = 6;
+#endif
+inline constexpr int kTileVectors = 2;
+inline constexpr int kTileCols = kTileVectors * kFloatLanes;
+
+/// c[i][j] += sum_k a[i * a_stride + k] * b[k * b_stride + j] for i < kRows and j < kTileCols.
+template <int kRows, int64_t a_stride>
+HFH_HOST_DEVICE void multiply_tile(const float* a, const float* b, int64_t b_stride, int64_t depth,
+                                   float* c, int64_t c_stride) {
+  FloatVector sum[kRows][kTileVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    FloatVector column[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) {
+      column[v] = load<FloatVector>(b + k * b_stride + v * kFloatLanes);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const FloatVector factor = splat<FloatVector>(a[i * a_stride + k]);
+      for (int v = 0; v < kTileVectors; ++v) sum[i][v] += factor * column[v];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* target = c + i * c_stride + v * kFloatLanes;
+      store(target, load<FloatVector>(target) + sum[i][v]);
+    }
+  }
+}
+
+/// The same for a number of rows known at run time, at most kTileRows.
+template <int64_t a_stride, int kRows = kTileRows>
+HFH_HOST_DEVICE void multiply_ragged_tile(int64_t rows, const float* a, const float* b,
+                                          int64_t b_stride, int64_t depth, float* c,
+                                          int64_t c_stride) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) return multiply_tile<kRows, a_stride>(a, b, b_stride, depth, c, c_stride);
+    multiply_ragged_tile<a_stride, kRows - 1>(rows, a, b, b_stride, depth, c, c_stride);
+  }
+}
+
+/// c[rows, cols] += a[rows, depth] b[depth, cols]. Rows of b are readable up to a multiple of
+/// kTileCols; c is touched nowhere outside.
+template <int64_t a_stride>
+void multiply_add(int64_t rows, int64_t cols, int64_t depth, const float* a, const float* b,
+                  int64_t b_stride, float* c, int64_t c_stride) {
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t tile_rows = rows - row < kTileRows ? rows - row : kTileRows;
+    const float* a_tile = a + row * a_stride;
+    for (int64_t col = 0; col < cols; col += kTileCols) {
+      float* c_tile = c + row * c_stride + col;
+      if (cols - col >= kTileCols) {
+        multiply_ragged_tile<a_stride>(tile_rows, a_tile, b + col, b_stride, depth, c_tile,
+                                       c_stride);
+        continue;
+      }
+      float whole[kTileRows * kTileCols] = {};
+      multiply_ragged_tile<a_stride>(tile_rows, a_tile, b + col, b_stride, depth, whole, kTileCols);
+      for (int64_t i = 0; i < tile_rows; ++i) {
+        for (int64_t j = 0; j < cols - col; ++j)
+          c_tile[i * c_stride + j] += whole[i * kTileCols + j];
+      }
+    }
+  }
+}
+
+/// The elements of a and b by turns: of their first halves, or of their second.
+template <bool kSecondHalf>
+HFH_HOST_DEVICE FloatVector interleave(FloatVector a, FloatVector b) {
+  constexpr int n = kFloatLanes, h = kSecondHalf ? kFloatLanes / 2 : 0;
+#if defined(__AVX512F__)
+#define HFH_INTERLEAVED                                                                    \
+  h, n + h, h + 1, n + h + 1, h + 2, n + h + 2, h + 3, n + h + 3, h + 4, n + h + 4, h + 5, \
+      n + h + 5, h + 6, n + h + 6, h + 7, n + h + 7
+#elif defined(__AVX2__)
+#define HFH_INTERLEAVED h, n + h, h + 1, n + h + 1, h + 2, n + h + 2, h + 3, n + h + 3
+#else
+#define HFH_INTERLEAVED h, n + h, h + 1, n + h + 1
+#endif
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, HFH_INTERLEAVED);
+#else
+  return __builtin_shuffle(a, b, UintVector{HFH_INTERLEAVED});
+#endif
+#undef HFH_INTERLEAVED
+}
+
+/// target[j * target_stride + i] = source[i * source_stride + j] for i, j < kFloatLanes.
+HFH_HOST_DEVICE void transpose_square(const float* source, int64_t source_stride, float* target,
+                                      int64_t target_stride) {
+  FloatVector rows[kFloatLanes];
+  for (int i = 0; i < kFloatLanes; ++i) rows[i] = load<FloatVector>(source + i * source_stride);
+  // Interleaving the halves of the list log2(n) times transposes it.
+  for (int step = 1; step < kFloatLanes; step *= 2) {
+    FloatVector next[kFloatLanes];
+    for (int i = 0; i < kFloatLanes / 2; ++i) {
+      next[2 * i] = interleave<false>(rows[i], rows[i + kFloatLanes / 2]);
+      next[2 * i + 1] = interleave<true>(rows[i], rows[i + kFloatLanes / 2]);
+    }
+    for (int i = 0; i < kFloatLanes; ++i) rows[i] = next[i];
+  }
+  for (int j = 0; j < kFloatLanes; ++j) store(target + j * target_stride, rows[j]);
+}
+
+HFH_NAMESPACE_END

@@ -1,0 +1,1 @@
+"""The HFH toolkit, built on hfh_kernels, and the command ``hfh``."""
