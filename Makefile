@@ -20,6 +20,7 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest bench
+	$(BIN)/python -m bench.linear
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -41,7 +41,7 @@ class Effort:
     """For each comparison."""
 
 
-FULL = Effort(BATCHES, ("resident", "streamed"), 4.0)
+FULL = Effort(BATCHES, ("resident", "streamed"), 1.5)
 QUICK = Effort((1, 128), ("resident",), 0.3)
 
 
@@ -162,11 +162,11 @@ def print_tables(report: dict[str, Any], effort: Effort) -> None:
 
     def table(title: str, variant: str, cell: Callable[[dict[str, Any]], str]) -> None:
         print(f"\n{title}, {variant}\n")
-        print(f"| {'batch':30} |" + "".join(f" {batch:>13} |" for batch in effort.batches))
-        print(f"|{'-' * 32}|" + f"{'-' * 15}|" * len(effort.batches))
+        print(f"| {'batch':34} |" + "".join(f" {batch:>13} |" for batch in effort.batches))
+        print(f"|{'-' * 36}|" + f"{'-' * 15}|" * len(effort.batches))
         for row in ROWS:
             cells = (cell(by_key[row.name, batch, variant]) for batch in effort.batches)
-            print(f"| {row.name:30} |" + "".join(f" {text:>13} |" for text in cells))
+            print(f"| {row.name:34} |" + "".join(f" {text:>13} |" for text in cells))
 
     def with_target(result: dict[str, Any]) -> str:
         target = result["target"]

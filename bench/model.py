@@ -11,6 +11,10 @@ goes back through g at three times the cost of g, with two multiply-adds a sampl
 Bytes. U pool elements a weight, at the rate at which a buffer of the pool's size is read; backward
 reads it twice and adds to its gradient. (Where elements are gathered one by one, as with block 1,
 each lane is a load, which counts as an operation.)
+
+Linear g (depth 1) has a second way: the products of all slots with all blocks of a sample,
+pool_size / block * columns multiply-adds a sample, then U loads and additions of a product for each
+block and row. The floor is that of the cheaper way.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.shapes import NUM_WEIGHTS, POOL_SIZE, Row
+from bench.shapes import IN_FEATURES, NUM_WEIGHTS, Row
 from hfh_kernels import build_info
 
 _LANES = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
@@ -72,14 +76,23 @@ def floor(row: Row, batch: int, rates: Rates) -> Floor:
         pool_passes += 4  # read twice; the gradient is read and written
     vectors = NUM_WEIGHTS / lanes()
     traffic = NUM_WEIGHTS * u * row.dtype.itemsize * pool_passes
-    return Floor(vectors * operations / rates.operations, traffic / rates.pool_bytes)
+    making_weights = Floor(vectors * operations / rates.operations, traffic / rates.pool_bytes)
+    if depth != 1 or row.backward or row.block == 1:
+        return making_weights
+    products = batch * row.pool_size * (IN_FEATURES // row.block) / lanes()
+    additions = NUM_WEIGHTS / row.block * u * batch * (1 + 1 / lanes())
+    adding_products = Floor(
+        (products + additions) / rates.operations,
+        row.pool_size * row.dtype.itemsize / rates.pool_bytes,
+    )
+    return min(making_weights, adding_products, key=lambda floor: floor.seconds)
 
 
 def measure_rates(memory_bytes: int, repeats: int) -> Rates:
     """The best of `repeats` each; `memory_bytes` is the size of a buffer that no cache holds."""
     size = 2048
     a, b, product = (torch.randn(size, size) for _ in range(3))
-    pool, memory = torch.zeros(POOL_SIZE), torch.zeros(memory_bytes // 4)
+    pool, memory = torch.zeros(NUM_WEIGHTS // 16), torch.zeros(memory_bytes // 4)
 
     def best_seconds(function: Callable[[], object]) -> float:
         def seconds() -> float:

@@ -6,6 +6,7 @@ two threads. Each measurement takes a process: what one has taken it seldom give
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable
@@ -43,6 +44,7 @@ def measure(batch: int, dtype: torch.dtype, block: int) -> tuple[int, int]:
 
 def _extra(run: Callable[[], Iterable[Tensor]]) -> tuple[int, Iterable[Tensor]]:
     """What `run` takes at its peak beside the tensors that it returns."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve `run` unseen
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts anew
     results = run()

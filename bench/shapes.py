@@ -10,7 +10,6 @@ from hfh_kernels.nn import HFHLinear, Pool
 
 IN_FEATURES = OUT_FEATURES = 4096
 NUM_WEIGHTS = IN_FEATURES * OUT_FEATURES
-POOL_SIZE = NUM_WEIGHTS // 16
 BATCHES = (1, 8, 32, 128, 512)
 
 
@@ -25,11 +24,16 @@ class Row:
     dtype: torch.dtype = torch.float32
     num_hashes: int = 4
     width: int = 4
+    compression: int = 16
     targets: dict[int, float] = dataclasses.field(default_factory=dict, hash=False)
     """Time relative to the dense layer, by batch."""
 
+    @property
+    def pool_size(self) -> int:
+        return NUM_WEIGHTS // self.compression
+
     def pool(self) -> Pool:
-        return Pool(POOL_SIZE, dtype=self.dtype)
+        return Pool(self.pool_size, dtype=self.dtype)
 
     def layer(self, pool: Pool) -> HFHLinear:
         """relu, no bias."""
@@ -65,6 +69,8 @@ ROWS = (
         depth=1,
         targets={1: 0.38, 8: 0.55, 32: 0.90, 128: 0.98, 512: 1.03},
     ),
+    Row("forward, depth 1, block 256, 1/64", depth=1, block=256, compression=64),
+    Row("forward, depth 1, block 256, 1/256", depth=1, block=256, compression=256),
     Row("forward, depth 2, block 1", block=1, targets={512: 1.30}),
     FORWARD_BACKWARD,
     Row("forward, depth 2, bfloat16", dtype=torch.bfloat16, targets={1: 1.00}),

@@ -373,4 +373,35 @@ SHAPES = [
     )
 ]
 
-SWEEP = [*HASHES, *NETWORKS, *HASH_SPECS, *REGIMES, *SHAPES]
+# Few slots and many rows: linear g may then be multiplied slot by slot.
+FEW_SLOTS = [
+    Sample(
+        name=f"{num_slots} slots of {block}, depth {depth}, batch {batch}, {_short(dtype)}",
+        hash_spec=HashSpec(
+            num_hashes=3,
+            pool_size=num_slots * block,
+            block=block,
+            window=window,
+            rows_per_window=rows,
+        ),
+        reconstruction=Reconstruction(depth),
+        batch=(batch,),
+        in_features=5 * block - 3,
+        out_features=531,
+        dtype=dtype,
+        pool_dtype=dtype,
+        row_offset=2**31 - 99,
+        col_offset=2**31 - 3 * block,
+    )
+    for num_slots, block in ((1, 64), (5, 16), (9, 256), (67, 32))
+    for window, rows in ((None, None), (block, 100))
+    for depth, batch, dtype in (
+        (0, 1, FLOAT32),
+        (1, 1, FLOAT32),
+        (1, 3, BFLOAT16),
+        (1, 20, FLOAT32),
+        (0, 65, FLOAT32),
+    )
+]
+
+SWEEP = [*HASHES, *NETWORKS, *HASH_SPECS, *REGIMES, *SHAPES, *FEW_SLOTS]

@@ -26,7 +26,7 @@ TESTS = [
     "tests/test_linear.py::test_samples",
     "tests/test_linear.py::test_random_samples",
     "tests/test_linear.py::test_nan_beside_the_columns_in_use",
-    "tests/test_linear.py::test_weight_gradients_do_not_depend_on_threads",
+    "tests/test_linear.py::test_deterministic_for_a_number_of_threads",
     "tests/test_materialize.py::test_golden_vectors",
     "tests/test_materialize.py::test_index_is_exact",
 ]

@@ -219,7 +219,7 @@ def test_repeats_bit_for_bit(sample: Sample) -> None:
     ],
     ids=lambda sample: sample.name,
 )
-def test_weight_gradients_do_not_depend_on_threads(
+def test_deterministic_for_a_number_of_threads(
     sample: Sample, num_threads: Callable[[int], None]
 ) -> None:
     arguments = sample.arguments()
@@ -228,10 +228,57 @@ def test_weight_gradients_do_not_depend_on_threads(
     for count in (2, 3):
         num_threads(count)
         several = run(sample, arguments)
+        assert bitwise_equal(run(sample, arguments), several), count
+        for name in one:
+            assert_matches(several[name], one[name].double(), sample.dtype)
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 512])
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("block", [16, 64, 256])
+@pytest.mark.parametrize("batch", [1, 3, 32])
+def test_products_shared_by_all_rows(
+    batch: int, block: int, depth: int, window: int | None, pool_dtype: torch.dtype
+) -> None:
+    # Linear g, whole blocks and a small pool: where csrc/torch/panels.cpp prefers slot products.
+    sample = Sample(
+        name="slot products",
+        hash_spec=HashSpec(
+            seed=5,
+            num_hashes=3,
+            pool_size=1024,
+            block=block,
+            window=window,
+            rows_per_window=None if window is None else 50,
+        ),
+        reconstruction=Reconstruction(depth=depth),
+        batch=(batch,),
+        in_features=1024,
+        out_features=301,
+        pool_dtype=pool_dtype,
+        row_offset=2**32 - 400,
+        col_offset=2**31 + 256,
+    )
+    arguments = sample.arguments()
+    expected = sample.linear(arguments.double(), backend="reference")
+    assert_matches(sample.linear(arguments), expected, sample.dtype)
+
+
+def test_large_pool_gradient_does_not_depend_on_threads(
+    num_threads: Callable[[int], None],
+) -> None:
+    # Beyond the size up to which each thread has a pool gradient of its own.
+    spec = dataclasses.replace(LARGE.hash_spec, pool_size=2**20 + 64 * LARGE.hash_spec.block)
+    sample = dataclasses.replace(LARGE, hash_spec=spec)
+    arguments = sample.arguments()
+    num_threads(1)
+    one = run(sample, arguments)
+    for count in (2, 3):
+        num_threads(count)
+        several = run(sample, arguments)
         for name in ("pool", "theta"):
             assert torch.equal(one[name], several[name]), (name, count)
-        for name in ("output", "input"):
-            assert_matches(several[name], one[name].double(), sample.dtype)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 48, 64])

@@ -14,15 +14,21 @@ from hfh_kernels import HashSpec, dispatch
 from hfh_kernels.nn import HFHLinear, Pool
 from tests.samples import BFLOAT16, SAMPLES, Sample, differentiate, run
 
-pytestmark = pytest.mark.skipif(
-    dispatch.can_run("cpu", torch.ones(1)) is not None, reason="needs the compiled extension"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        dispatch.can_run("cpu", torch.ones(1)) is not None, reason="needs the compiled extension"
+    ),
+    pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled"),
+]
 each_sample = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.name)
 
 
 @pytest.fixture(autouse=True)
-def _forget_compiled_code() -> Iterator[None]:
-    yield
+def _compile_anew() -> Iterator[None]:
+    """A graph from a cache on disk may be that of another build."""
+    config: Any = torch.compiler.config
+    with config.patch(force_disable_caches=True):
+        yield
     torch.compiler.reset()
 
 

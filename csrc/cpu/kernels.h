@@ -57,7 +57,8 @@ struct Kernels {
   /// Floats of scratch that either takes: a constant.
   size_t (*linear_scratch)();
 
-  /// Whether outputs can be added up from slot products (see slots.cpp).
+  /// Whether outputs can be added up from slot products (see slots.cpp); in_features must be a
+  /// multiple of the block.
   bool (*has_slot_products)(const VirtualWeight&);
   /// Fills in the products of slots [slot_begin, slot_end). `scratch` holds
   /// `slot_products_scratch(batch * num_blocks)` floats.

@@ -50,12 +50,8 @@ void slot_products_kernel(const VirtualWeight& weight, const cpu::SlotProducts& 
   for (int64_t m = 0; m < args.batch; ++m) {
     for (int64_t b = 0; b < products.num_blocks; ++b) {
       const int64_t col = (products.first_block + b) * block;
-      const int64_t left = args.in_features - col;
-      const int64_t cols = left < block ? left : block;
-      float* target = inputs + (m * products.num_blocks + b) * kInputStride;
-      for (int64_t k = 0; k < block; ++k) {
-        target[k] = k < cols ? args.input[m * args.in_features + col + k] : 0.0f;
-      }
+      std::memcpy(inputs + (m * products.num_blocks + b) * kInputStride,
+                  args.input + m * args.in_features + col, block * sizeof(float));
     }
   }
   for (int64_t slot = slot_begin; slot < slot_end; slot += kSlotsAtOnce) {

@@ -3,7 +3,6 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "torch/gemm.h"
 #include "torch/parallel.h"
@@ -23,8 +22,12 @@ constexpr int64_t kSmallBatchBFloat16 = 4;
 constexpr int64_t kPanelBytes = 1 << 20;
 constexpr int64_t kPanelRows = 128;
 constexpr int64_t kPanelCols = 512;
-// Slot products held at once, in floats.
+// Beyond this batch the products of one block leave the first-level cache, and gathering them costs
+// more than it saves.
+constexpr int64_t kMaxSlotProductBatch = 32;
+// Slot products held at once, and the blocks of inputs that they are taken of.
 constexpr int64_t kSlotProducts = 1 << 19;
+constexpr int64_t kSlotProductInputs = 1 << 10;
 // Weights that a thread should get to make before another is woken.
 constexpr int64_t kGrainWeights = 1 << 14;
 
@@ -70,24 +73,27 @@ float* linear_scratch(int64_t batch) {
 
 /// Whether adding up slot products takes fewer vector operations than making the weights. Counts,
 /// checked against measurements at 4096 x 4096: a draw about 14 operations for a vector of rows, a
-/// gathered product 8; a weight about 5 and one for each hash and input, and 8 more to turn it
+/// gathered product 30; a weight about 5 and one for each hash and input, and 8 more to turn it
 /// round for several inputs.
 bool prefers_slot_products(const VirtualWeight& weight, const cpu::LinearBatch& args) {
-  if (!kernels().has_slot_products(weight)) return false;
+  if (args.batch > kMaxSlotProductBatch || args.batch * weight.hash.num_slots > kSlotProducts ||
+      args.in_features % weight.hash.block() != 0 || !kernels().has_slot_products(weight)) {
+    return false;
+  }
   const double block = weight.hash.block(), hashes = weight.hash.num_hashes;
   const double pool_size = weight.hash.num_slots * block;
   const double rows = args.out_features, cols = args.in_features, batch = args.batch;
-  const double products = batch * pool_size * std::ceil(cols / block);
-  const double draws = rows * std::ceil(cols / block) * hashes * (14 + 8 * batch);
+  const double products = batch * pool_size * cols / block;
+  const double draws = rows * cols / block * hashes * (14 + 30 * batch);
   const double weights = rows * cols * (5 + hashes + batch + (batch > 1 ? 8 : 0));
   return products + draws < weights;
 }
 
 void forward_by_slot_products(const VirtualWeight& weight, const cpu::LinearBatch& args) {
   const int64_t block = weight.hash.block(), num_slots = weight.hash.num_slots;
-  const int64_t num_blocks = (args.in_features + block - 1) / block;
-  const int64_t blocks_at_once =
-      std::clamp<int64_t>(kSlotProducts / (num_slots * args.batch), 1, num_blocks);
+  const int64_t num_blocks = args.in_features / block;
+  const int64_t blocks_at_once = std::min(
+      {kSlotProducts / (num_slots * args.batch), kSlotProductInputs / args.batch, num_blocks});
   auto* values = static_cast<float*>(Scratch<Purpose::kSlotProducts>::get(
       args.batch * blocks_at_once * num_slots * sizeof(float)));
   for (int64_t m = 0; m < args.batch; ++m) {

@@ -1,0 +1,71 @@
+"""Writes the measured tables of README.md from the newest results: `python -m bench.readme`.
+
+A table stands between the lines `<!-- NAME -->` and `<!-- end of NAME -->`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bench.linear import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def linear_table(report: dict[str, Any], variant: str) -> str:
+    rows = [row for row in report["rows"] if row["variant"] == variant]
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    ratios = {(row["row"], row["batch"]): row["ratio"] for row in rows}
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    lines = [
+        "| time, relative to the dense layer | " + " | ".join(f"batch {b}" for b in batches) + " |",
+        "|---" * (len(batches) + 1) + "|",
+    ]
+    for name in names:
+        cells = (ratios[name, batch] for batch in batches)
+        marked = (f"**{cell:.2f}**" if cell < 1 else f"{cell:.2f}" for cell in cells)
+        lines.append(f"| {name} | " + " | ".join(marked) + " |")
+    return "\n".join(lines)
+
+
+def summary(report: dict[str, Any]) -> str:
+    machine, overhead = report["machine"], report["overhead"]
+    memory = next(m for m in report["peak_memory"] if (m["dtype"], m["block"]) == ("float32", 64))
+    return "\n".join(
+        [
+            f"- Machine: {machine['processor']}, {machine['threads']} threads, "
+            f"torch {machine['packages']['torch']}, kernels for "
+            f"{machine['hfh_kernels']['cpu_capability']}.",
+            f"- A whole training step (forward, backward, Adam) at batch 128: "
+            f"{report['training_step']['ratio']:.2f} of the dense layer's time.",
+            f"- One call on a 64 x 64 layer: {overhead['grad']['ratio']:.1f} x `F.linear`, "
+            f"{overhead['no_grad']['ratio']:.1f} x under `no_grad`.",
+            f"- Memory beyond pool, activations and their gradients, 4096 x 4096, batch 128: "
+            f"{memory['forward_bytes'] / 2**20:.1f} MiB forward, "
+            f"{memory['backward_bytes'] / 2**20:.1f} MiB backward.",
+        ]
+    )
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+    if not re.search(pattern, text, flags=re.DOTALL):
+        raise ValueError(f"README.md has no block {name!r}")
+    return re.sub(pattern, rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    file = max(RESULTS.glob("linear-*.json"), key=lambda path: path.stat().st_mtime)
+    report = json.loads(file.read_text())
+    text = README.read_text()
+    for variant in ("resident", "streamed"):
+        text = replace_block(text, f"linear {variant}", linear_table(report, variant))
+    README.write_text(replace_block(text, "linear summary", summary(report)))
+    print(f"README.md tables written from {file.name}")
+
+
+if __name__ == "__main__":
+    main()
