@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.samples import SAMPLES, SWEEP, run
+from tests.samples import SAMPLES, run
+from tests.sweep import SWEEP
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _NO_ACCESS = 0

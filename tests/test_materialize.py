@@ -16,16 +16,15 @@ from hfh_kernels import HashSpec, Reconstruction, dispatch, functional
 from hfh_kernels.ops.library import Weight
 from tests.samples import (
     BFLOAT16,
-    BLOCKS,
     FLOAT32,
     FLOAT64,
     SAMPLES,
-    SWEEP,
     Arguments,
     Sample,
     assert_matches,
     differentiate,
 )
+from tests.sweep import BLOCKS, SWEEP
 
 pytestmark = pytest.mark.skipif(
     dispatch.can_run("cpu", torch.ones(1)) is not None, reason="needs the compiled extension"

@@ -36,15 +36,21 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize(
-    ("batch", "dtype", "block"),
-    [(128, "float32", 64), (1, "float32", 64), (32, "float32", 1), (128, "bfloat16", 64)],
+    ("batch", "dtype", "block", "mebibytes"),
+    [
+        (128, "float32", 64, 8),
+        (1, "float32", 64, 8),
+        (32, "float32", 1, 8),
+        # The float32 form of the pool's gradient, and what the platform's GEMM packs.
+        (128, "bfloat16", 64, 12),
+    ],
 )
-def test_peak_of_a_large_layer(batch: int, dtype: str, block: int) -> None:
+def test_peak_of_a_large_layer(batch: int, dtype: str, block: int, mebibytes: int) -> None:
     """Over arguments, outputs and gradients; the virtual weight would take 64 MiB."""
     result = run_python("-m", "bench.peak_memory", str(batch), dtype, str(block))
     assert result.returncode == 0, result.stderr
     forward, backward = map(int, result.stdout.split())
-    assert max(forward, backward) <= 8 * 2**20
+    assert max(forward, backward) <= mebibytes * 2**20
 
 
 CHECKED_HEAP = {

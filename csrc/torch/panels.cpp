@@ -18,8 +18,8 @@ using cpu::TileBounds;
 // through the platform's GEMM, whose matrix units make up for the panels' way through memory.
 constexpr int64_t kSmallBatchBFloat16 = 4;
 
-// A panel fills about half of a second-level cache.
-constexpr int64_t kPanelBytes = 1 << 20;
+// A panel for the platform's GEMM fills about a quarter of a second-level cache.
+constexpr int64_t kPanelBytes = 1 << 19;
 constexpr int64_t kPanelRows = 128;
 constexpr int64_t kPanelCols = 512;
 // Beyond this batch the products of one block leave the first-level cache, and gathering them costs

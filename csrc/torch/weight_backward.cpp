@@ -18,8 +18,8 @@ using cpu::TileBounds;
 
 // Tiles of the weight's gradient, and the bound of what one lists for the pool.
 constexpr int64_t kTileCols = 512;
-constexpr int64_t kContributionBytes = 1 << 20;
-// Pool gradients up to this size are held once a thread.
+constexpr int64_t kContributionBytes = 5 << 17;
+// What each thread but the first may hold of pool gradients.
 constexpr int64_t kReplicaBytes = 4 << 20;
 
 DType kernel_dtype(at::ScalarType dtype) {
@@ -155,7 +155,10 @@ WeightGradients backward_of_tiles(const CheckedWeight& weight, at::ScalarType gr
   if (weight.rows() == 0 || weight.cols() == 0) return result;
   const BackwardTiles tiles(weight, gradient_dtype, gradient_is_product, tile_gradient);
   const int64_t threads = std::min<int64_t>(tiles.count(), at::get_num_threads());
-  if (threads == 1 || static_cast<int64_t>(result.pool.nbytes()) <= kReplicaBytes) {
+  // What is held beyond the gradient that the caller gets: of a bfloat16 pool, the first one too.
+  const int64_t extra_replicas = threads - (virtual_weight.pool_dtype == DType::kBFloat16 ? 0 : 1);
+  const auto extra_bytes = extra_replicas * static_cast<int64_t>(result.pool.nbytes());
+  if (threads == 1 || extra_bytes <= (threads - 1) * kReplicaBytes) {
     backward_by_replicas(virtual_weight, tiles, threads, result);
   } else {
     backward_by_rounds(virtual_weight, tiles, threads, result);

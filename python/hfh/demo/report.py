@@ -16,7 +16,7 @@ from hfh.demo.run import Results
 from hfh.demo.speed import Timing
 
 COMPRESSION_COLOURS = dict(zip(COMPRESSIONS, ("#0072b2", "#d55e00"), strict=True))
-DEPTH_COLOURS = dict(zip(speed.DEPTHS, ("#009e73", "#cc79a7"), strict=True))
+KIND_COLOURS = dict(zip(speed.KINDS, ("#cc79a7", "#009e73", "#56b4e9"), strict=True))
 DENSE_COLOUR = "#555555"
 
 
@@ -55,12 +55,12 @@ def speed_table(timings: Sequence[Timing], features: int) -> Table:
     """Milliseconds, and their ratio to dense, by number of layers in turn and batch size."""
     table = Table(
         title=f"Forward pass of a {features} x {features} layer, fp32, ms (ratio to F.linear)",
-        caption=f"HFH: pool 1/{speed.COMPRESSION}, block {speed.BLOCK}, U4. Medians, interleaved.",
+        caption="HFH: U4, width 4; pool's size and block as named. Medians, interleaved.",
     )
     for heading in ("layers in turn", "batch", "F.linear"):
         table.add_column(heading, justify="right")
-    for depth in speed.DEPTHS:
-        table.add_column(f"HFH depth {depth}", justify="right")
+    for kind in speed.KINDS:
+        table.add_column(str(kind), justify="right")
     for index, timing in enumerate(timings):
         is_last = index + 1 == len(timings)
         table.add_row(
@@ -68,8 +68,8 @@ def speed_table(timings: Sequence[Timing], features: int) -> Table:
             str(timing.batch),
             f"{1e3 * timing.dense:.2f}",
             *(
-                f"{1e3 * seconds:.2f} ({timing.ratio(depth):.2f})"
-                for depth, seconds in timing.hfh.items()
+                f"{1e3 * seconds:.2f} ({timing.ratio(kind):.2f})"
+                for kind, seconds in timing.hfh.items()
             ),
             end_section=is_last or timings[index + 1].num_layers != timing.num_layers,
         )
@@ -144,22 +144,21 @@ def _draw_times(axes: Axes, timings: Sequence[Timing], features: int) -> None:
         va="center",
     )
     for num_layers, line, fill in zip(counts, (":", "-"), ("white", None), strict=True):
-        for depth in speed.DEPTHS:
+        for kind in speed.KINDS:
             axes.plot(
                 range(len(batches)),
-                [timing.ratio(depth) for timing in timings if timing.num_layers == num_layers],
+                [timing.ratio(kind) for timing in timings if timing.num_layers == num_layers],
                 line,
                 marker="o",
                 markerfacecolor=fill,
-                color=DEPTH_COLOURS[depth],
-                label=f"depth {depth}, "
-                + ("one layer" if num_layers == 1 else f"{num_layers} layers in turn"),
+                color=KIND_COLOURS[kind],
+                label=f"{kind}: " + ("one layer" if num_layers == 1 else f"{num_layers} in turn"),
             )
     axes.set_xticks(range(len(batches)), map(str, batches))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("batch")
     axes.set_ylabel("time / F.linear")
-    axes.set_title(f"Linear {features} x {features}, pool 1/{speed.COMPRESSION}: time", loc="left")
+    axes.set_title(f"Linear {features} x {features}: time", loc="left")
     _finish(axes)
 
 

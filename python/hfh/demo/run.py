@@ -68,8 +68,6 @@ class Results:
                 "batch_size": accuracy.BATCH_SIZE,
                 "layer_sizes": SIZES,
                 "dense_parameters": NUM_DENSE,
-                "timed_compression": speed.COMPRESSION,
-                "timed_block": speed.BLOCK,
             },
             "accuracy": [
                 {
@@ -90,8 +88,8 @@ class Results:
                     "batch": timing.batch,
                     "dense_seconds": timing.dense,
                     "hfh": [
-                        {"depth": depth, "seconds": seconds, "ratio": timing.ratio(depth)}
-                        for depth, seconds in timing.hfh.items()
+                        {**asdict(kind), "seconds": seconds, "ratio": timing.ratio(kind)}
+                        for kind, seconds in timing.hfh.items()
                     ],
                 }
                 for timing in self.timings

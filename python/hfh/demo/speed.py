@@ -15,25 +15,37 @@ from hfh.machine import last_level_cache_bytes, memory_bytes
 from hfh.timing import interleaved_medians
 from hfh_kernels.nn import HFHLinear, Pool
 
-COMPRESSION = 16
-BLOCK = 64
-DEPTHS = (1, 2)
 STREAMED_OVER_CACHE = 1.5
 MAX_STREAMED_BYTES = 2**31
 UNKNOWN_CACHE_BYTES = 2**26
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A compressed layer that is timed."""
+
+    depth: int
+    block: int
+    compression: int
+
+    def __str__(self) -> str:
+        return f"depth {self.depth}, block {self.block}, 1/{self.compression}"
+
+
+KINDS = (Kind(2, 64, 16), Kind(1, 64, 16), Kind(1, 256, 64))
+
+
+@dataclass(frozen=True)
 class Timing:
-    """Median seconds of one forward call; ``hfh`` maps the depth of g to its seconds."""
+    """Median seconds of one forward call, of the dense layer and of each kind of HFH layer."""
 
     num_layers: int
     batch: int
     dense: float
-    hfh: dict[int, float]
+    hfh: dict[Kind, float]
 
-    def ratio(self, depth: int) -> float:
-        return self.hfh[depth] / self.dense
+    def ratio(self, kind: Kind) -> float:
+        return self.hfh[kind] / self.dense
 
 
 def layer_counts(features: int, max_layers: int) -> tuple[int, int]:
@@ -58,13 +70,20 @@ class Network:
         weight = nn.Linear(features, features, bias=False).weight.detach()
         # Copies stream from memory as different weights would, and are quicker to make.
         self.weights = [weight, *(weight.clone() for _ in range(num_layers - 1))]
-        pool = Pool(features**2 // COMPRESSION)
+        pools = {kind.compression: Pool(features**2 // kind.compression) for kind in KINDS}
         self.layers = {
-            depth: [
-                HFHLinear(features, features, bias=False, pool=pool, depth=depth, block=BLOCK)
+            kind: [
+                HFHLinear(
+                    features,
+                    features,
+                    bias=False,
+                    pool=pools[kind.compression],
+                    depth=kind.depth,
+                    block=kind.block,
+                )
                 for _ in range(num_layers)
             ]
-            for depth in DEPTHS
+            for kind in KINDS
         }
 
     @torch.inference_mode()
@@ -81,12 +100,9 @@ class Network:
             return output
 
         functions: dict[str, Callable[[], object]] = {"dense": dense}
-        for depth in DEPTHS:
-            functions[f"depth {depth}"] = partial(hfh, cycle(self.layers[depth]))
+        for kind in KINDS:
+            functions[str(kind)] = partial(hfh, cycle(self.layers[kind]))
         medians = interleaved_medians(functions, repeats, warmup=max(2, self.num_layers // 4))
         return Timing(
-            self.num_layers,
-            batch,
-            medians["dense"],
-            {depth: medians[f"depth {depth}"] for depth in DEPTHS},
+            self.num_layers, batch, medians["dense"], {kind: medians[str(kind)] for kind in KINDS}
         )
