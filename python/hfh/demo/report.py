@@ -152,13 +152,21 @@ def _draw_times(axes: Axes, timings: Sequence[Timing], features: int) -> None:
                 marker="o",
                 markerfacecolor=fill,
                 color=KIND_COLOURS[kind],
-                label=f"{kind}: " + ("one layer" if num_layers == 1 else f"{num_layers} in turn"),
+                label=str(kind) if num_layers > 1 else None,
             )
     axes.set_xticks(range(len(batches)), map(str, batches))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("batch")
     axes.set_ylabel("time / F.linear")
     axes.set_title(f"Linear {features} x {features}: time", loc="left")
+    axes.text(
+        0.98,
+        0.96,
+        f"dotted: one layer\nsolid: {counts[-1]} layers in turn",
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+    )
     _finish(axes)
 
 
