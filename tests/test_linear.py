@@ -26,6 +26,7 @@ from tests.samples import (
     run,
 )
 from tests.sweep import BLOCKS, DTYPES, SWEEP
+from tests.tolerances import relative_error
 
 pytestmark = pytest.mark.skipif(
     dispatch.can_run("cpu", torch.ones(1)) is not None, reason="needs the compiled extension"
@@ -374,3 +375,26 @@ def test_autocast_leaves_float64_alone() -> None:
     sample = SAMPLES[0].in_dtype(FLOAT64)
     with torch.autocast("cpu"):
         assert sample.linear(sample.arguments()).dtype == FLOAT64
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(48, 131072), (131072, 48)])
+def test_long_bfloat16_sums_are_rounded_once(out_features: int, in_features: int) -> None:
+    sample = Sample(
+        name="long",
+        hash_spec=HashSpec(seed=3, num_hashes=4, pool_size=4096, block=64),
+        batch=(32,),
+        in_features=in_features,
+        out_features=out_features,
+        dtype=BFLOAT16,
+        has_bias=False,
+        scale=0.05,
+    )
+    arguments = sample.arguments()
+    input = arguments.input.requires_grad_()
+    weight = sample.materialize(arguments).double()
+    output = sample.linear(arguments)
+    gradient = torch.randn(output.shape).to(BFLOAT16)
+    (grad_input,) = torch.autograd.grad(output, input, gradient)
+    # The weight and the result are each rounded to 8 bits: 0.0024, however long the sum.
+    assert relative_error(output, input.detach().double() @ weight.T) <= 3e-3
+    assert relative_error(grad_input, gradient.double() @ weight) <= 3e-3

@@ -58,7 +58,7 @@ void backward_kernel(const VirtualWeight& weight, const cpu::TileBounds& bounds,
     using Scalar = typename W::Scalar;
     Contributions<Scalar> contributions{out->offset, static_cast<Scalar*>(out->values), 0};
     const TileGradient tile_gradient{gradient, stride, gradient_dtype == DType::kBFloat16};
-    tile_backward<W>(weight, to_tile(bounds), tile_gradient, grad_theta, contributions);
+    tile_backward<W>(weight, bounds, tile_gradient, grad_theta, contributions);
     out->count = contributions.count;
     out->length = W::kByElement ? 1 : W::kLanes;
   });

@@ -10,6 +10,7 @@ template <class W>
 struct SignedDraws : BlockDraws<W> {
   alignas(64) typename W::Scalar first[W::kFirstBound][W::kLanes];
 
+  // Not inlined, like `compute`.
   __attribute__((noinline)) void fold_signs(const typename W::Shape& shape,
                                             const typename W::Scalar* theta) {
     using Vector = typename W::Vector;

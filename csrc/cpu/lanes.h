@@ -116,14 +116,6 @@ HFH_HOST_DEVICE V load_as(const T* source) {
   }
 }
 
-/// The first `count` elements, zeros after them.
-template <class V, class T>
-HFH_HOST_DEVICE V load_partial(const T* source, int count) {
-  T padded[sizeof(V) / sizeof(float) + 1] = {};
-  std::memcpy(padded, source, count * sizeof(T));
-  return load_as<V>(padded);
-}
-
 /// Flips the sign where bit 31 of `sign` is set.
 HFH_HOST_DEVICE FloatVector flip_sign(FloatVector x, UintVector sign) {
   return (FloatVector)((UintVector)x ^ sign);

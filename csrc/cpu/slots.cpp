@@ -6,7 +6,8 @@
 // elements, so is each output a mixture of products <slot of the pool, block of the input>, and
 // every row draws from the same products: they are computed once, and a row only adds up those it
 // draws. That costs pool_size * blocks multiplications an input instead of rows * columns, few
-// where the pool is small or the block long.
+// where the pool is small or the block long. (An infinite input meets the products apart, not their
+// sum: where they differ in sign the output is NaN, not infinite.)
 
 HFH_NAMESPACE_BEGIN
 

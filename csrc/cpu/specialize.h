@@ -78,8 +78,4 @@ void specialize(const VirtualWeight& weight, const F& f) {
   }
 }
 
-inline Tile to_tile(const cpu::TileBounds& bounds) {
-  return {bounds.row, bounds.rows, bounds.col, bounds.cols};
-}
-
 HFH_NAMESPACE_END

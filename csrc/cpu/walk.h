@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/kernels.h"
 #include "cpu/lanes.h"
 #include "hfh/hash.h"
 #include "hfh/params.h"
@@ -14,10 +15,7 @@
 
 HFH_NAMESPACE_BEGIN
 
-/// Rows [row, row + rows) and columns [col, col + cols) of a virtual weight.
-struct Tile {
-  int64_t row, rows, col, cols;
-};
+using Tile = cpu::TileBounds;
 
 /// Selects one specialisation of a walk, as types and constants.
 template <class LanesT, class ShapeT, class PoolT, bool kByElementT>

@@ -21,6 +21,7 @@ constexpr int64_t kSmallBatchBFloat16 = 4;
 // A panel for the platform's GEMM fills about a quarter of a second-level cache.
 constexpr int64_t kPanelBytes = 1 << 19;
 constexpr int64_t kPanelRows = 128;
+constexpr int64_t kMinPanelRows = 16;
 constexpr int64_t kPanelCols = 512;
 // Beyond this batch the products of one block leave the first-level cache, and gathering them costs
 // more than it saves.
@@ -64,9 +65,8 @@ PanelScratch panel_scratch() {
   return {memory, reinterpret_cast<float*>(memory + kPanelBytes)};
 }
 
-/// Scratch of the fused products; small batches take none.
-float* linear_scratch(int64_t batch) {
-  if (batch == 1) return nullptr;
+/// Scratch of the fused products.
+float* linear_scratch() {
   return static_cast<float*>(
       Scratch<Purpose::kPanels>::get(kernels().linear_scratch() * sizeof(float)));
 }
@@ -119,13 +119,17 @@ void forward_by_slot_products(const VirtualWeight& weight, const cpu::LinearBatc
   }
 }
 
+/// `out`, or a float32 tensor to be copied into it.
+at::Tensor float_output(const at::Tensor& out) {
+  return out.scalar_type() == at::kFloat ? out : at::empty(out.sizes(), at::dtype(at::kFloat));
+}
+
 /// The product in float32, whatever the dtypes outside.
 void fused_forward(const CheckedWeight& weight, const at::Tensor& input, const at::Tensor& bias,
                    at::Tensor& out) {
   const at::Tensor input_float = input.to(at::kFloat);
   const at::Tensor bias_float = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
-  at::Tensor out_float =
-      out.scalar_type() == at::kFloat ? out : at::empty(out.sizes(), at::dtype(at::kFloat));
+  at::Tensor out_float = float_output(out);
   const cpu::LinearBatch batch{input_float.const_data_ptr<float>(),
                                bias.defined() ? bias_float.const_data_ptr<float>() : nullptr,
                                out_float.mutable_data_ptr<float>(),
@@ -137,10 +141,29 @@ void fused_forward(const CheckedWeight& weight, const at::Tensor& input, const a
   } else {
     const int64_t grain = std::max<int64_t>(8, kGrainWeights / weight.cols());
     at::parallel_for(0, weight.rows(), grain, [&](int64_t begin, int64_t end) {
-      kernels().linear(weight.get(), batch, begin, end, linear_scratch(batch.batch));
+      // One input is multiplied as the weights are made and takes no scratch.
+      float* scratch = batch.batch == 1 ? nullptr : linear_scratch();
+      kernels().linear(weight.get(), batch, begin, end, scratch);
     });
   }
   if (!out_float.is_same(out)) out.copy_(out_float);
+}
+
+void fused_backward_input(const CheckedWeight& weight, const at::Tensor& grad_output,
+                          at::Tensor& grad_input) {
+  const at::Tensor grad_output_float = grad_output.to(at::kFloat);
+  at::Tensor grad_input_float = float_output(grad_input);
+  const cpu::LinearBatch args{grad_output_float.const_data_ptr<float>(),
+                              nullptr,
+                              grad_input_float.mutable_data_ptr<float>(),
+                              grad_output.size(0),
+                              weight.rows(),
+                              weight.cols()};
+  parallel_stretches(
+      weight.cols(), share_of_thread(weight.cols()), [&](int64_t begin, int64_t end) {
+        kernels().linear_backward_input(weight.get(), args, begin, end, linear_scratch());
+      });
+  if (!grad_input_float.is_same(grad_input)) grad_input.copy_(grad_input_float);
 }
 
 }  // namespace
@@ -148,17 +171,19 @@ void fused_forward(const CheckedWeight& weight, const at::Tensor& input, const a
 void multiply_forward(const CheckedWeight& weight, const at::Tensor& input, const at::Tensor& bias,
                       at::Tensor& out) {
   const auto dtype = input.scalar_type();
-  const int64_t batch = input.size(0);
-  if (dtype == at::kFloat || (dtype == at::kBFloat16 && batch <= kSmallBatchBFloat16)) {
+  const int64_t batch = input.size(0), element = element_size(dtype);
+  const int64_t panel_size = kPanelBytes / element;
+  // Sums in bfloat16 would be rounded between stretches of columns: panels take whole rows, or the
+  // product is in float32.
+  const bool is_bfloat16 = dtype == at::kBFloat16;
+  if (dtype == at::kFloat || (is_bfloat16 && (batch <= kSmallBatchBFloat16 ||
+                                              weight.cols() > panel_size / kMinPanelRows))) {
     return fused_forward(weight, input, bias, out);
   }
-  const int64_t element = static_cast<int64_t>(c10::elementSize(dtype));
-  // bfloat16 sums must not be rounded between stretches of columns: those panels take whole rows.
-  const int64_t cols_at_once = dtype == at::kBFloat16
-                                   ? std::min(weight.cols(), kPanelBytes / element / 16)
-                                   : std::min(weight.cols(), kPanelBytes / element / kPanelRows);
+  const int64_t cols_at_once =
+      is_bfloat16 ? weight.cols() : std::min(weight.cols(), panel_size / kPanelRows);
   const int64_t rows_at_once =
-      std::min(kPanelRows, std::max<int64_t>(16, kPanelBytes / element / cols_at_once));
+      std::min(kPanelRows, std::max(kMinPanelRows, panel_size / cols_at_once));
   const Matrix x = matrix_of(input), y = matrix_of(out);
   parallel_stretches(weight.rows(), rows_at_once, [&](int64_t row, int64_t row_end) {
     const PanelScratch scratch = panel_scratch();
@@ -177,23 +202,15 @@ void multiply_backward_input(const CheckedWeight& weight, const at::Tensor& grad
                              at::Tensor& grad_input) {
   const auto dtype = grad_output.scalar_type();
   const int64_t batch = grad_output.size(0);
-  if (dtype == at::kFloat) {
-    const cpu::LinearBatch args{grad_output.const_data_ptr<float>(),
-                                nullptr,
-                                grad_input.mutable_data_ptr<float>(),
-                                batch,
-                                weight.rows(),
-                                weight.cols()};
-    parallel_stretches(
-        weight.cols(), share_of_thread(weight.cols()), [&](int64_t begin, int64_t end) {
-          kernels().linear_backward_input(weight.get(), args, begin, end, linear_scratch(2));
-        });
-    return;
+  const int64_t panel_size = kPanelBytes / element_size(dtype);
+  const bool is_bfloat16 = dtype == at::kBFloat16;
+  const int64_t cols_at_once =
+      std::min(is_bfloat16 ? kPanelCols / 8 : kPanelCols, share_of_thread(weight.cols()));
+  const int64_t rows_at_once = std::min(weight.rows(), panel_size / cols_at_once);
+  // As in the forward pass: in bfloat16 all rows at once, or the product is in float32.
+  if (dtype == at::kFloat || (is_bfloat16 && rows_at_once < weight.rows())) {
+    return fused_backward_input(weight, grad_output, grad_input);
   }
-  const int64_t element = element_size(dtype);
-  const int64_t cols_at_once = std::min(dtype == at::kBFloat16 ? kPanelCols / 8 : kPanelCols,
-                                        share_of_thread(weight.cols()));
-  const int64_t rows_at_once = std::min(weight.rows(), kPanelBytes / element / cols_at_once);
   const Matrix grad_y = matrix_of(grad_output), grad_x = matrix_of(grad_input);
   parallel_stretches(weight.cols(), cols_at_once, [&](int64_t col, int64_t col_end) {
     const PanelScratch scratch = panel_scratch();
