@@ -1,4 +1,4 @@
-"""The public functions. Shapes and dtypes are checked by the operator or reference that runs."""
+"""The hash and the virtual weight themselves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hfh_kernels import ops  # noqa: F401  (defines torch.ops.hfh)
 from hfh_kernels.dispatch import choose
+from hfh_kernels.functional.weight import require_pool_size, require_scalar, weight_fields
 from hfh_kernels.ops.hash_index import reference as hash_index_reference
-from hfh_kernels.ops.linear import reference as linear_reference
 from hfh_kernels.ops.materialize import reference as materialize_reference
 from hfh_kernels.spec import COORDINATES, HashSpec, Reconstruction
 
@@ -22,10 +22,6 @@ _HASH_INDEX: dict[str, Callable[..., Any]] = {
 _MATERIALIZE: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.materialize.default,
     "reference": materialize_reference.materialize,
-}
-_LINEAR: dict[str, Callable[..., Any]] = {
-    "cpu": torch.ops.hfh.linear.default,
-    "reference": linear_reference.linear,
 }
 
 
@@ -98,105 +94,16 @@ def materialize(
         ValueError: a shape, a device, a size or an offset is invalid.
         RuntimeError: the backend cannot run.
     """
-    _require_pool_size(pool, hash_spec)
+    require_pool_size(pool, hash_spec)
     run = _MATERIALIZE[choose(backend, pool, theta)]
     if isinstance(scale, Tensor):
-        _require_scalar(scale)
-        weight = _weight(hash_spec, reconstruction, 1.0, row_offset, col_offset)
+        require_scalar(scale)
+        weight = weight_fields(hash_spec, reconstruction, 1.0, row_offset, col_offset)
         output: Tensor = scale * run(pool, theta, rows, cols, *weight)
         return output
-    weight = _weight(hash_spec, reconstruction, scale, row_offset, col_offset)
+    weight = weight_fields(hash_spec, reconstruction, scale, row_offset, col_offset)
     output = run(pool, theta, rows, cols, *weight)
     return output
-
-
-def linear(
-    input: Tensor,
-    pool: Tensor,
-    theta: Tensor,
-    bias: Tensor | None = None,
-    *,
-    out_features: int,
-    hash_spec: HashSpec,
-    reconstruction: Reconstruction,
-    scale: float | Tensor = 1.0,
-    row_offset: int = 0,
-    col_offset: int = 0,
-    backend: str = "auto",
-) -> Tensor:
-    """input @ V.T + bias, where V [out_features, in_features] is the virtual weight.
-
-    Differentiable in input, pool, theta, bias and scale.
-
-    Args:
-        input: floating [..., in_features]
-        pool: floating [hash_spec.pool_size]
-        theta: floating [reconstruction.num_parameters(hash_spec.num_hashes)], see
-            :func:`materialize`.
-        bias: [out_features] in input's dtype, or None.
-        scale: factor on every weight; a 0-d tensor where it is learnable.
-        row_offset, col_offset: where V starts within a larger virtual weight.
-        backend: "auto", "cpu" or "reference".
-
-    Returns:
-        [..., out_features] in input's dtype, or in that of autocast where it is on.
-
-    Raises:
-        TypeError: a tensor is not floating-point, or bias differs from input in dtype.
-        ValueError: a shape, a device, a size or an offset is invalid.
-        RuntimeError: the backend cannot run.
-    """
-    _require_pool_size(pool, hash_spec)
-    run = _LINEAR[choose(backend, input, pool, theta)]
-    if isinstance(scale, Tensor):
-        _require_scalar(scale)
-        weight = _weight(hash_spec, reconstruction, 1.0, row_offset, col_offset)
-        output: Tensor = scale * run(input, pool, theta, None, out_features, *weight)
-        if bias is None:
-            return output
-        linear_reference.require_bias(bias, input, out_features)
-        return output + bias.to(output.dtype)
-    weight = _weight(hash_spec, reconstruction, scale, row_offset, col_offset)
-    output = run(input, pool, theta, bias, out_features, *weight)
-    return output
-
-
-def _weight(
-    hash_spec: HashSpec,
-    reconstruction: Reconstruction,
-    scale: float,
-    row_offset: int,
-    col_offset: int,
-) -> tuple[Any, ...]:
-    """The fields of ops.library.Weight; a plain tuple, which takes a third of the time."""
-    return (
-        hash_spec.seed,
-        hash_spec.num_hashes,
-        hash_spec.block,
-        hash_spec.window or 0,
-        hash_spec.rows_per_window or 0,
-        reconstruction.depth,
-        reconstruction.width,
-        reconstruction.activation,
-        scale,
-        row_offset,
-        col_offset,
-    )
-
-
-def _require_pool_size(pool: Tensor, hash_spec: HashSpec) -> None:
-    if pool.numel() != hash_spec.pool_size:
-        raise ValueError(
-            f"pool must have hash_spec.pool_size={hash_spec.pool_size} elements, "
-            f"received {pool.numel()}"
-        )
-
-
-def _require_scalar(scale: Tensor) -> None:
-    if scale.dim() != 0:
-        raise ValueError(
-            f"scale must be a float or a 0-d tensor, received shape {list(scale.shape)}"
-        )
 
 
 def _coordinates(name: str, values: Tensor | Sequence[int], other: object) -> Tensor:
