@@ -56,7 +56,8 @@ void backward_kernel(const VirtualWeight& weight, const cpu::TileBounds& bounds,
                      cpu::PoolContributions* out) {
   specialize(weight, [&]<class W>(W) {
     using Scalar = typename W::Scalar;
-    Contributions<Scalar> contributions{out->offset, static_cast<Scalar*>(out->values), 0};
+    Contributions<Scalar> contributions{static_cast<Scalar*>(out->sum), out->offset,
+                                        static_cast<Scalar*>(out->values), 0};
     const TileGradient tile_gradient{gradient, stride, gradient_dtype == DType::kBFloat16};
     tile_backward<W>(weight, bounds, tile_gradient, grad_theta, contributions);
     out->count = contributions.count;

@@ -4,11 +4,12 @@
 
 HFH_NAMESPACE_BEGIN
 
-/// Contributions of one tile to the pool's gradient, in a fixed order; `cpu::PoolContributions` is
-/// its untyped form. Scattering is a later step, so that threads which own disjoint stretches of
-/// the pool can do it without races and in one order.
+/// Where the pool's gradient goes, `cpu::PoolContributions` with a type: added at once to `sum`
+/// where that is the thread's own; else listed in a fixed order, so that threads which own disjoint
+/// stretches of the pool can add it up without races and in one order.
 template <class Scalar>
 struct Contributions {
+  Scalar* sum;  // or null
   uint32_t* offset;
   Scalar* values;
   int64_t count;
@@ -36,8 +37,7 @@ struct TileGradient {
   }
 };
 
-/// Adds the tile's gradient to g's parameters (`grad_theta`, double) and lists what it adds to the
-/// pool.
+/// Adds the tile's gradient to that of g's parameters (`grad_theta`, double) and of the pool.
 template <class W>
 HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, const Tile& tile,
                                    const TileGradient& gradient, double* grad_theta,
@@ -91,8 +91,17 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, const Tile& tile
       Vector grad_a[W::kHashesBound];
       vector_backward(row, col, draws.a, grad_a);
       for (int u = 0; u < shape.num_hashes(); ++u) {
+        const Vector grad = flip_sign(grad_a[u], draws.sign[u]);
+        if (out.sum != nullptr) {
+          uint32_t offset[W::kLanes];
+          typename W::Scalar lanes[W::kLanes];
+          store(offset, draws.offset[u]);
+          store(lanes, grad);
+          for (int i = 0; i < W::kLanes; ++i) out.sum[offset[i]] += lanes[i];
+          continue;
+        }
         store(out.offset + out.count, draws.offset[u]);
-        store(out.values + out.count, flip_sign(grad_a[u], draws.sign[u]));
+        store(out.values + out.count, grad);
         out.count += W::kLanes;
       }
     };
@@ -105,14 +114,20 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, const Tile& tile
         Vector a[W::kHashesBound], grad_a[W::kHashesBound];
         for (int u = 0; u < shape.num_hashes(); ++u) {
           __builtin_prefetch(pool + next.offset[u][lane] + phase);
+          if (out.sum != nullptr) __builtin_prefetch(out.sum + next.offset[u][lane] + phase, 1);
           a[u] = flip_sign(load_as<Vector>(pool + draws.offset[u][lane] + phase),
                            splat_uint<Uint>(draws.sign[u][lane]));
         }
         vector_backward(row, col, a, grad_a);
         for (int u = 0; u < shape.num_hashes(); ++u) {
-          out.offset[out.count] = draws.offset[u][lane] + phase;
-          store(out.values + out.count * W::kLanes,
-                flip_sign(grad_a[u], splat_uint<Uint>(draws.sign[u][lane])));
+          const uint32_t offset = draws.offset[u][lane] + phase;
+          const Vector grad = flip_sign(grad_a[u], splat_uint<Uint>(draws.sign[u][lane]));
+          if (out.sum != nullptr) {
+            store(out.sum + offset, load<Vector>(out.sum + offset) + grad);
+            continue;
+          }
+          out.offset[out.count] = offset;
+          store(out.values + out.count * W::kLanes, grad);
           ++out.count;
         }
       }

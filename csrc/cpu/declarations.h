@@ -7,7 +7,8 @@
 
 HFH_NAMESPACE_BEGIN
 
-void reconstruct_kernel(const VirtualWeight&, const cpu::TileBounds&, void* out, int64_t stride);
+void reconstruct_kernel(const VirtualWeight&, const cpu::TileBounds&, void* out, int64_t stride,
+                        cpu::Meanwhile meanwhile = {});
 void linear_kernel(const VirtualWeight&, const cpu::LinearBatch&, int64_t row_begin,
                    int64_t row_end, float* scratch);
 size_t linear_scratch_kernel();

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/matrix_unit.h"
 #include "hfh/params.h"
 
 // The kernels of one instruction set, as a table of functions: the only thing the rest of the
@@ -31,9 +32,10 @@ struct SlotProducts {
   int64_t stride, first_block, num_blocks;
 };
 
-/// What a tile adds to the pool's gradient: entry i adds `length` values to the pool from
-/// offset[i] on.
+/// What a tile adds to the pool's gradient: at once, to `sum`; or, where `sum` is null, as a list,
+/// whose entry i adds `length` values to the pool from offset[i] on.
 struct PoolContributions {
+  void* sum;
   uint32_t* offset;
   void* values;
   int64_t count;
@@ -44,8 +46,10 @@ struct Kernels {
   const char* capability;
   int lanes;
 
-  /// Writes the tile to `out`, row-major, `stride` elements from row to row.
-  void (*reconstruct)(const VirtualWeight&, const TileBounds&, void* out, int64_t stride);
+  /// Writes the tile to `out`, row-major, `stride` elements from row to row. `meanwhile` is called
+  /// once for each block of a row, or for each vector where blocks are shorter.
+  void (*reconstruct)(const VirtualWeight&, const TileBounds&, void* out, int64_t stride,
+                      Meanwhile meanwhile);
 
   /// output = input V^T + bias, for output features [row_begin, row_end).
   void (*linear)(const VirtualWeight&, const LinearBatch&, int64_t row_begin, int64_t row_end,
@@ -70,7 +74,7 @@ struct Kernels {
                             int64_t row_begin, int64_t row_end);
 
   /// Given the tile's gradient (`gradient_dtype`, row-major with `stride`), adds to that of g's
-  /// parameters and lists the pool's. `contribution_bounds` says how much that can be.
+  /// parameters and to the pool's, or lists that: `contribution_bounds` says how much it can be.
   void (*backward)(const VirtualWeight&, const TileBounds&, const void* gradient,
                    DType gradient_dtype, int64_t stride, double* grad_theta, PoolContributions*);
   /// Bounds of the entries of a tile and of their values.
@@ -82,6 +86,9 @@ struct Kernels {
                   void* grad_pool);
 
   void (*round_to_bfloat16)(const float* source, BFloat16* target, int64_t count);
+
+  /// Null where there is none.
+  const MatrixUnit* matrix_unit;
 };
 
 /// The kernels of the best instruction set that was built, that this machine has and that

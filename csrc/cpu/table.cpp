@@ -25,6 +25,7 @@ const Kernels& HFH_JOIN(kernels_, HFH_CAPABILITY)() {
       contribution_bounds_kernel,
       scatter_kernel,
       round_to_bfloat16_kernel,
+      nullptr,
   };
   return table;
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "torch/gemm.h"
+#include "torch/matrix_unit.h"
 #include "torch/parallel.h"
 
 namespace hfh::torch_ops {
@@ -41,13 +42,13 @@ int64_t share_of_thread(int64_t cols) {
 /// Writes a tile of the virtual weight as `dtype`; float tiles pass through `float_rows`.
 void write_tile(const CheckedWeight& weight, const TileBounds& tile, void* out, int64_t stride,
                 at::ScalarType dtype, float* float_rows) {
-  if (dtype != at::kBFloat16) return kernels().reconstruct(weight.get(), tile, out, stride);
+  if (dtype != at::kBFloat16) return kernels().reconstruct(weight.get(), tile, out, stride, {});
   auto* rounded = static_cast<BFloat16*>(out);
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int64_t col = 0; col < tile.cols; col += kPanelCols) {
       const int64_t cols = std::min(kPanelCols, tile.cols - col);
       kernels().reconstruct(weight.get(), {tile.row + row, 1, tile.col + col, cols}, float_rows,
-                            cols);
+                            cols, {});
       kernels().round_to_bfloat16(float_rows, rounded + row * stride + col, cols);
     }
   }
@@ -138,7 +139,8 @@ void fused_forward(const CheckedWeight& weight, const at::Tensor& input, const a
                                weight.rows()};
   if (prefers_slot_products(weight.get(), batch)) {
     forward_by_slot_products(weight.get(), batch);
-  } else {
+  } else if (!prefers_matrix_unit(at::kFloat, batch.batch) ||
+             !matrix_unit_forward(weight.get(), batch)) {
     const int64_t grain = std::max<int64_t>(8, kGrainWeights / weight.cols());
     at::parallel_for(0, weight.rows(), grain, [&](int64_t begin, int64_t end) {
       // One input is multiplied as the weights are made and takes no scratch.
@@ -159,10 +161,13 @@ void fused_backward_input(const CheckedWeight& weight, const at::Tensor& grad_ou
                               grad_output.size(0),
                               weight.rows(),
                               weight.cols()};
-  parallel_stretches(
-      weight.cols(), share_of_thread(weight.cols()), [&](int64_t begin, int64_t end) {
-        kernels().linear_backward_input(weight.get(), args, begin, end, linear_scratch());
-      });
+  if (!prefers_matrix_unit(at::kFloat, args.batch) ||
+      !matrix_unit_backward_input(weight.get(), args)) {
+    parallel_stretches(
+        weight.cols(), share_of_thread(weight.cols()), [&](int64_t begin, int64_t end) {
+          kernels().linear_backward_input(weight.get(), args, begin, end, linear_scratch());
+        });
+  }
   if (!grad_input_float.is_same(grad_input)) grad_input.copy_(grad_input_float);
 }
 
