@@ -29,6 +29,7 @@ TORCH_SOURCES = [
     "csrc/torch/module.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/panels.cpp",
+    "csrc/torch/slot_products.cpp",
     "csrc/torch/weight.cpp",
     "csrc/torch/weight_backward.cpp",
     "csrc/cpu/capability.cpp",

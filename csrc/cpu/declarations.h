@@ -20,6 +20,13 @@ void slot_products_kernel(const VirtualWeight&, const cpu::SlotProducts&, const 
 size_t slot_products_scratch_kernel(int64_t num_products);
 void add_slot_products_kernel(const VirtualWeight&, const cpu::SlotProducts&,
                               const cpu::LinearBatch&, int64_t row_begin, int64_t row_end);
+void turn_inputs_kernel(const float* input, int64_t stride, int64_t batch, int64_t cols,
+                        float* turned);
+void batch_slot_products_kernel(const VirtualWeight&, const cpu::BatchSlotProducts&,
+                                const float* inputs, int64_t slot_begin, int64_t slot_end);
+void add_batch_slot_products_kernel(const VirtualWeight&, const cpu::BatchSlotProducts&,
+                                    float* output, int64_t stride, int64_t batch, int64_t row_begin,
+                                    int64_t row_end);
 void backward_kernel(const VirtualWeight&, const cpu::TileBounds&, const void* gradient,
                      DType gradient_dtype, int64_t stride, double* grad_theta,
                      cpu::PoolContributions*);

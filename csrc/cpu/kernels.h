@@ -25,11 +25,30 @@ struct LinearBatch {
   int64_t batch, in_features, out_features;
 };
 
+/// Starts outputs [row_begin, row_end) of inputs [first, first + count) at the bias.
+inline void set_bias(const LinearBatch& args, int64_t first, int64_t count, int64_t row_begin,
+                     int64_t row_end) {
+  for (int64_t m = first; m < first + count; ++m) {
+    float* out = args.output + m * args.out_features;
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      out[row] = args.bias != nullptr ? args.bias[row] : 0.0f;
+    }
+  }
+}
+
 /// Products of every slot of the pool with `num_blocks` blocks of columns of every input:
 /// values[(input * num_blocks + block - first_block) * stride + slot].
 struct SlotProducts {
   float* values;
   int64_t stride, first_block, num_blocks;
+};
+
+/// The same for kInputs inputs at once, which lie side by side:
+/// values[((block - first_block) * num_slots + slot) * kInputs + input].
+struct BatchSlotProducts {
+  static constexpr int kInputs = 32;
+  float* values;
+  int64_t num_slots, first_block, num_blocks;
 };
 
 /// What a tile adds to the pool's gradient: at once, to `sum`; or, where `sum` is null, as a list,
@@ -72,6 +91,17 @@ struct Kernels {
   /// Adds to output features [row_begin, row_end) what those blocks contribute.
   void (*add_slot_products)(const VirtualWeight&, const SlotProducts&, const LinearBatch&,
                             int64_t row_begin, int64_t row_end);
+
+  /// The same for up to BatchSlotProducts::kInputs inputs, which `turn_inputs` lays side by side,
+  /// zero where there are fewer: turned[col * kInputs + input]. `inputs` are those of its blocks;
+  /// cols is a multiple of the block.
+  void (*turn_inputs)(const float* input, int64_t stride, int64_t batch, int64_t cols,
+                      float* turned);
+  void (*batch_slot_products)(const VirtualWeight&, const BatchSlotProducts&, const float* inputs,
+                              int64_t slot_begin, int64_t slot_end);
+  void (*add_batch_slot_products)(const VirtualWeight&, const BatchSlotProducts&, float* output,
+                                  int64_t stride, int64_t batch, int64_t row_begin,
+                                  int64_t row_end);
 
   /// Given the tile's gradient (`gradient_dtype`, row-major with `stride`), adds to that of g's
   /// parameters and to the pool's, or lists that: `contribution_bounds` says how much it can be.

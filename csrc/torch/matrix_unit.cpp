@@ -125,25 +125,18 @@ int64_t calls_of_panel(const VirtualWeight& weight, int64_t rows, int64_t cols) 
          ceil_divide(rows, MatrixUnit::kTile) * ceil_divide(cols, MatrixUnit::kStep);
 }
 
-/// Starts the outputs of some rows of the weight at the bias.
-void set_bias(const LinearBatch& args, float* output, int64_t batch, int64_t row, int64_t rows) {
-  for (int64_t i = 0; i < batch; ++i) {
-    float* out = output + i * args.out_features + row;
-    for (int64_t j = 0; j < rows; ++j) out[j] = args.bias != nullptr ? args.bias[row + j] : 0.0f;
-  }
-}
-
 char* packed_batch(size_t bytes) {
   return static_cast<char*>(Scratch<Purpose::kPackedBatch>::get(bytes));
 }
 
 }  // namespace
 
-bool prefers_matrix_unit(at::ScalarType dtype, int64_t batch) {
-  return dtype == at::kFloat && batch >= kMinBatch && kernels().matrix_unit != nullptr;
+bool prefers_matrix_unit(int64_t batch) {
+  return batch >= kMinBatch && kernels().matrix_unit != nullptr;
 }
 
 bool matrix_unit_forward(const VirtualWeight& weight, const LinearBatch& args) {
+  if (!prefers_matrix_unit(args.batch)) return false;
   const MatrixUnit& unit = *kernels().matrix_unit;
   constexpr int64_t kStride = kPanelCols + kPadding;
   std::atomic<bool> finite = true;
@@ -164,7 +157,7 @@ bool matrix_unit_forward(const VirtualWeight& weight, const LinearBatch& args) {
             for (int64_t slice = first; slice < last; ++slice) {
               for (int64_t row = begin * kPanelRows; row < end * kPanelRows; row += kPanelRows) {
                 const int64_t rows = std::min(kPanelRows, args.out_features - row);
-                if (slice == 0) set_bias(args, output, batch, row, rows);
+                if (slice == 0) set_bias(args, m, batch, row, row + rows);
                 const int64_t cols = slices.size(slice);
                 const cpu::Meanwhile meanwhile =
                     pipeline.expect(calls_of_panel(weight, rows, cols));
@@ -188,6 +181,7 @@ bool matrix_unit_forward(const VirtualWeight& weight, const LinearBatch& args) {
 }
 
 bool matrix_unit_backward_input(const VirtualWeight& weight, const LinearBatch& args) {
+  if (!prefers_matrix_unit(args.batch)) return false;
   const MatrixUnit& unit = *kernels().matrix_unit;
   constexpr int64_t kStride = kGradPanelCols + kPadding;
   std::atomic<bool> finite = true;

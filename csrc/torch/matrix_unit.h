@@ -1,19 +1,17 @@
 #pragma once
 
-#include <c10/core/ScalarType.h>
-
 #include <atomic>
 
 #include "cpu/kernels.h"
 
-// Products with a virtual weight on the machine's matrix unit, where `kernels().matrix_unit` is
-// not null. Each returns whether all it wrote is finite: where it is not, the plain kernels must
-// run, as infinite numbers do not survive being cut into pieces.
+// Products with a virtual weight on the machine's matrix unit. Each returns whether it is done: it
+// is not where the unit is missing or slower than the plain kernels, nor where something is not
+// finite, as infinite numbers do not survive being cut into pieces. Then the plain kernels must
+// run.
 
 namespace hfh::torch_ops {
 
-/// Whether it is the fastest way for operands of `dtype` and so many inputs.
-bool prefers_matrix_unit(at::ScalarType dtype, int64_t batch);
+bool prefers_matrix_unit(int64_t batch);
 
 /// output = input V^T + bias
 bool matrix_unit_forward(const VirtualWeight& weight, const cpu::LinearBatch& args);

@@ -256,7 +256,7 @@ WeightGradients weight_backward(const CheckedWeight& weight, const at::Tensor& g
 WeightGradients weight_backward(const CheckedWeight& weight, const at::Tensor& grad_output,
                                 const at::Tensor& input) {
   WeightGradients result = zero_gradients(weight);
-  if (prefers_matrix_unit(input.scalar_type(), input.size(0))) {
+  if (input.scalar_type() == at::kFloat && prefers_matrix_unit(input.size(0))) {
     if (add_matrix_unit_backward(weight, grad_output, input, result)) return result;
     result = zero_gradients(weight);
   }
