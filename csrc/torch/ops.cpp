@@ -98,14 +98,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Ten
                     out_features);
   const CheckedWeight weight(pool, theta, out_features, input.size(-1), {HFH_WEIGHT_ARGUMENTS});
   const at::Tensor bias_tensor = bias.value_or(at::Tensor());
-  if (bias_tensor.defined()) {
-    check_cpu(bias_tensor, "bias");
-    TORCH_CHECK_VALUE(bias_tensor.dim() == 1 && bias_tensor.numel() == out_features,
-                      "bias must have shape [", out_features, "], received ", bias_tensor.sizes());
-    TORCH_CHECK_TYPE(bias_tensor.scalar_type() == input.scalar_type(),
-                     "bias must have input's dtype ", input.scalar_type(), ", received ",
-                     bias_tensor.scalar_type());
-  }
+  if (bias_tensor.defined()) check_bias(bias_tensor, out_features, input);
   auto sizes = input.sizes().vec();
   sizes.back() = out_features;
   at::Tensor out = at::empty(sizes, input.options());
