@@ -3,12 +3,10 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <array>
+#include <algorithm>
 
 #include "torch/gemm.h"
-#include "torch/panels.h"
 #include "torch/parallel.h"
-#include "torch/patch_matrix.h"
 
 // torch.ops.hfh.conv2d and its gradients on the CPU: products of the virtual weight with the
 // patches of the images, of which a bounded number of rows exist at a time.
@@ -21,89 +19,6 @@ namespace {
 constexpr int64_t kBufferBytes = 3 << 20;
 // Of the weight's gradient, where the patches do not fit the buffer all at once.
 constexpr int64_t kGradientBytes = 1 << 20;
-
-void check_at_least(at::IntArrayRef values, int64_t low, const char* name) {
-  for (const int64_t value : values) {
-    TORCH_CHECK_VALUE(value >= low, name, " must be at least ", low, ", received ", values);
-  }
-}
-
-/// A convolution of images of one size, and its virtual weight's shape.
-struct Convolution {
-  std::array<int64_t, 4> input_size;
-  int64_t out_channels, groups;
-  std::array<int64_t, 2> kernel_size, stride, padding, dilation;
-
-  Convolution(at::IntArrayRef size, int64_t out_channels, HFH_GEOMETRY_PARAMETERS)
-      : out_channels(out_channels), groups(groups) {
-    check_at_least(kernel_size, 1, "kernel_size");
-    check_at_least(stride, 1, "stride");
-    check_at_least(padding, 0, "padding");
-    check_at_least(dilation, 1, "dilation");
-    TORCH_CHECK_VALUE(groups >= 1, "groups must be at least 1, received ", groups);
-    TORCH_CHECK_VALUE(size.size() == 4,
-                      "input must be [batch, channels, height, width], received shape ", size);
-    TORCH_CHECK_VALUE(size[1] >= 1 && size[2] >= 1 && size[3] >= 1,
-                      "input must have channels, rows and columns, received shape ", size);
-    TORCH_CHECK_VALUE(size[1] % groups == 0, "input must have a multiple of groups=", groups,
-                      " channels, received shape ", size);
-    TORCH_CHECK_VALUE(out_channels >= 1 && out_channels % groups == 0,
-                      "out_channels must be a positive multiple of groups=", groups, ", received ",
-                      out_channels);
-    const auto copy = [](at::IntArrayRef from, auto& to) {
-      std::copy_n(from.begin(), to.size(), to.begin());
-    };
-    copy(size, input_size);
-    copy(kernel_size, this->kernel_size);
-    copy(stride, this->stride);
-    copy(padding, this->padding);
-    copy(dilation, this->dilation);
-    TORCH_CHECK_VALUE(positions(0) >= 1 && positions(1) >= 1,
-                      "input must be as large as the kernel once padded, received shape ", size,
-                      " for kernel_size=", kernel_size, ", padding=", padding,
-                      " and dilation=", dilation);
-  }
-
-  /// Size of the output in one dimension.
-  int64_t positions(int dim) const {
-    const int64_t reach = dilation[dim] * (kernel_size[dim] - 1) + 1;
-    const int64_t room = input_size[dim + 2] + 2 * padding[dim] - reach;
-    return room < 0 ? 0 : room / stride[dim] + 1;
-  }
-  std::array<int64_t, 4> output_size() const {
-    return {input_size[0], out_channels, positions(0), positions(1)};
-  }
-  int64_t group_rows() const { return out_channels / groups; }
-  int64_t group_channels() const { return input_size[1] / groups; }
-  int64_t cols() const { return group_channels() * kernel_size[0] * kernel_size[1]; }
-
-  /// Patches of one group's channels of images like the input.
-  PatchMatrix patches(const at::Tensor& images, int64_t group) const {
-    const auto axis = [&](int dim) {
-      return cpu::Axis{input_size[dim + 2], images.stride(dim + 2), kernel_size[dim], stride[dim],
-                       padding[dim],        dilation[dim],          positions(dim)};
-    };
-    const cpu::Patches patches{input_size[0],    images.stride(0), group_channels(),
-                               images.stride(1), axis(0),          axis(1)};
-    return {images, patches, group * group_channels()};
-  }
-  /// Pixels of one group's channels of images like the output.
-  PatchMatrix pixels(const at::Tensor& images, int64_t group) const {
-    const auto axis = [&](int dim) {
-      return cpu::Axis{positions(dim), images.stride(dim + 2), 1, 1, 0, 1, positions(dim)};
-    };
-    const cpu::Patches patches{input_size[0],    images.stride(0), group_rows(),
-                               images.stride(1), axis(0),          axis(1)};
-    return {images, patches, group * group_rows()};
-  }
-};
-
-/// The arguments of the part of a virtual weight from (row, col) on.
-WeightArguments part_of(WeightArguments weight, int64_t row, int64_t col) {
-  weight.row_offset += row;
-  weight.col_offset += col;
-  return weight;
-}
 
 at::MemoryFormat format_like(const at::Tensor& images) {
   const bool channels_last =
@@ -165,47 +80,38 @@ void add_product_backward(const CheckedWeight& weight, const PatchMatrix& grad_o
   }
 }
 
-void add_to(WeightGradients& sum, const WeightGradients& part) {
-  sum.pool.add_(part.pool);
-  for (size_t i = 0; i < sum.theta.size(); ++i) sum.theta[i] += part.theta[i];
-}
-
-/// The gradients behind that of one group's weight, grad_output^T patches.
-WeightGradients product_backward(const at::Tensor& pool, const at::Tensor& theta,
-                                 const WeightArguments& args, const PatchMatrix& grad_output,
-                                 const PatchMatrix& patches) {
+/// The gradients behind that of one group's rows of the weight, grad_output^T patches.
+WeightGradients product_backward(const WeightSource& source, int64_t row,
+                                 const PatchMatrix& grad_output, const PatchMatrix& patches) {
   const int64_t num_rows = patches.rows(), out = grad_output.cols();
+  const CheckedWeight weight = source.part(row, 0, out, patches.cols());
   if (rows_at_once(grad_output, patches, patches.dtype()) >= num_rows) {
-    const CheckedWeight weight(pool, theta, out, patches.cols(), args);
     return weight_backward(weight, read_rows<Purpose::kPositions>(grad_output, 0, num_rows),
                            read_rows<Purpose::kPatches>(patches, 0, num_rows));
   }
-  // Summed over all rows first, columns by columns: what follows costs more than the product.
-  const CheckedWeight whole(pool, theta, out, patches.cols(), args);
-  const auto dtype = whole.compute_dtype();
-  WeightGradients result{at::zeros({pool.numel()}, at::dtype(dtype)),
-                         std::vector<double>(whole.theta_size(), 0.0)};
+  // Summed over all positions first: what comes behind costs more than the product.
+  const auto dtype = weight.compute_dtype();
+  WeightGradients result = zero_gradients(weight);
   const int64_t cols_at_once =
       std::clamp<int64_t>(kGradientBytes / (out * element_size(dtype)), 1, patches.cols());
   const int64_t step =
       std::clamp<int64_t>(kBufferBytes / ((cols_at_once + out) * element_size(dtype)), 1, num_rows);
-  at::Tensor gradient = at::empty({out * cols_at_once}, at::dtype(dtype));
+  const at::Tensor gradient = at::empty({out * cols_at_once}, at::dtype(dtype));
   for (int64_t col = 0; col < patches.cols(); col += cols_at_once) {
     const int64_t cols = std::min(cols_at_once, patches.cols() - col);
-    at::Tensor sum = gradient.narrow(0, 0, out * cols).view({out, cols}).zero_();
-    for (int64_t row = 0; row < num_rows; row += step) {
-      const int64_t rows = std::min(step, num_rows - row);
-      const at::Tensor grad_y = read_rows<Purpose::kPositions>(grad_output, row, rows);
-      at::Tensor x = scratch_matrix<Purpose::kPatches>(rows, cols, patches.dtype());
-      patches.read(row, col, x);
+    const at::Tensor sum = gradient.narrow(0, 0, out * cols).view({out, cols}).zero_();
+    for (int64_t first = 0; first < num_rows; first += step) {
+      const int64_t rows = std::min(step, num_rows - first);
+      const at::Tensor grad_y = read_rows<Purpose::kPositions>(grad_output, first, rows);
+      const at::Tensor x = scratch_matrix<Purpose::kPatches>(rows, cols, patches.dtype());
+      patches.read(first, col, x);
       if (dtype == patches.dtype()) {
         gemm(matrix_of(grad_y).transposed(), matrix_of(x), matrix_of(sum), true);
       } else {
         sum.add_(at::mm(grad_y.t(), x));
       }
     }
-    const CheckedWeight part(pool, theta, out, cols, part_of(args, 0, col));
-    add_to(result, weight_backward(part, sum));
+    add_to(result, weight_backward(source.part(row, col, out, cols), sum));
   }
   return result;
 }
@@ -213,6 +119,8 @@ WeightGradients product_backward(const at::Tensor& pool, const at::Tensor& theta
 void check_images(const at::Tensor& images, const char* name, const at::Tensor& pool) {
   check_cpu(images, name);
   check_activation_dtype(images, name, pool);
+  TORCH_CHECK_VALUE(images.dim() == 4, name,
+                    " must be [batch, channels, height, width], received shape ", images.sizes());
 }
 
 void check_grad_output(const at::Tensor& grad_output, const Convolution& convolution) {
@@ -226,18 +134,21 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& pool, const at::Ten
                   HFH_GEOMETRY_PARAMETERS, HFH_WEIGHT_PARAMETERS) {
   check_images(input, "input", pool);
   const Convolution convolution(input.sizes(), out_channels, HFH_GEOMETRY_ARGUMENTS);
-  const WeightArguments args{HFH_WEIGHT_ARGUMENTS};
-  const CheckedWeight whole(pool, theta, out_channels, convolution.cols(), args);
+  const WeightSource source{pool, theta, {HFH_WEIGHT_ARGUMENTS}};
+  source.part(0, 0, out_channels, convolution.cols());
   const at::Tensor bias_tensor = bias.value_or(at::Tensor());
   if (bias_tensor.defined()) check_bias(bias_tensor, out_channels, input);
   at::Tensor output = at::empty(convolution.output_size(), input.options(), format_like(input));
   if (output.numel() == 0) return output;
+  if (fits_platform(convolution, input.scalar_type())) {
+    platform_forward(convolution, source, input, bias_tensor, output);
+    return output;
+  }
   const int64_t rows = convolution.group_rows();
   for (int64_t group = 0; group < groups; ++group) {
-    const CheckedWeight weight(pool, theta, rows, convolution.cols(),
-                               part_of(args, group * rows, 0));
-    product(weight, convolution.patches(input, group),
-            bias_tensor.defined() ? bias_tensor.narrow(0, group * rows, rows) : bias_tensor,
+    const int64_t row = group * rows;
+    product(source.part(row, 0, rows, convolution.cols()), convolution.patches(input, group),
+            bias_tensor.defined() ? bias_tensor.narrow(0, row, rows) : bias_tensor,
             convolution.pixels(output, group));
   }
   return output;
@@ -247,55 +158,58 @@ at::Tensor conv2d_backward_input(const at::Tensor& grad_output, const at::Tensor
                                  const at::Tensor& theta, at::IntArrayRef input_size,
                                  HFH_GEOMETRY_PARAMETERS, HFH_WEIGHT_PARAMETERS) {
   check_images(grad_output, "grad_output", pool);
-  TORCH_CHECK_VALUE(grad_output.dim() == 4, "grad_output must be 4-d, received shape ",
-                    grad_output.sizes());
   const Convolution convolution(input_size, grad_output.size(1), HFH_GEOMETRY_ARGUMENTS);
   check_grad_output(grad_output, convolution);
-  const WeightArguments args{HFH_WEIGHT_ARGUMENTS};
-  const CheckedWeight whole(pool, theta, grad_output.size(1), convolution.cols(), args);
+  const WeightSource source{pool, theta, {HFH_WEIGHT_ARGUMENTS}};
+  source.part(0, 0, convolution.out_channels, convolution.cols());
   at::Tensor grad_input = at::empty(input_size, grad_output.options(), format_like(grad_output));
-  // Sums of overlapping patches are rounded to bfloat16 once, at the end.
-  at::Tensor sum = grad_input;
-  if (grad_input.scalar_type() == at::kBFloat16) {
-    sum = at::empty_like(grad_input, grad_input.options().dtype(at::kFloat));
+  if (grad_input.numel() == 0) return grad_input;
+  if (fits_platform(convolution, grad_output.scalar_type())) {
+    platform_backward_input(convolution, source, grad_output, grad_input);
+    return grad_input;
   }
-  sum.zero_();
-  if (sum.numel() == 0) return grad_input;
+  // Sums of overlapping patches are rounded to bfloat16 once, at the end.
+  const bool is_bfloat16 = grad_input.scalar_type() == at::kBFloat16;
+  const at::Tensor sum = is_bfloat16 ? at::zeros_like(grad_input, at::kFloat) : grad_input.zero_();
   const int64_t rows = convolution.group_rows();
   for (int64_t group = 0; group < groups; ++group) {
-    const CheckedWeight weight(pool, theta, rows, convolution.cols(),
-                               part_of(args, group * rows, 0));
-    add_product_backward(weight, convolution.pixels(grad_output, group),
-                         convolution.patches(sum, group));
+    add_product_backward(source.part(group * rows, 0, rows, convolution.cols()),
+                         convolution.pixels(grad_output, group), convolution.patches(sum, group));
   }
-  if (!sum.is_same(grad_input)) grad_input.copy_(sum);
+  if (is_bfloat16) grad_input.copy_(sum);
   return grad_input;
+}
+
+WeightGradients sum_over_groups(const Convolution& convolution, const WeightSource& source,
+                                const at::Tensor& grad_output, const at::Tensor& input) {
+  const auto of_group = [&](int64_t group) {
+    return product_backward(source, group * convolution.group_rows(),
+                            convolution.pixels(grad_output, group),
+                            convolution.patches(input, group));
+  };
+  WeightGradients result = of_group(0);
+  for (int64_t group = 1; group < convolution.groups; ++group) add_to(result, of_group(group));
+  return result;
 }
 
 std::tuple<at::Tensor, at::Tensor> conv2d_backward_weight(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& pool,
     const at::Tensor& theta, HFH_GEOMETRY_PARAMETERS, HFH_WEIGHT_PARAMETERS) {
   check_images(input, "input", pool);
-  check_cpu(grad_output, "grad_output");
+  check_images(grad_output, "grad_output", pool);
   TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(),
                    "grad_output must have input's dtype ", input.scalar_type(), ", received ",
                    grad_output.scalar_type());
-  TORCH_CHECK_VALUE(grad_output.dim() == 4, "grad_output must be 4-d, received shape ",
-                    grad_output.sizes());
   const Convolution convolution(input.sizes(), grad_output.size(1), HFH_GEOMETRY_ARGUMENTS);
   check_grad_output(grad_output, convolution);
-  const WeightArguments args{HFH_WEIGHT_ARGUMENTS};
-  const CheckedWeight whole(pool, theta, grad_output.size(1), convolution.cols(), args);
+  const WeightSource source{pool, theta, {HFH_WEIGHT_ARGUMENTS}};
+  const CheckedWeight whole = source.part(0, 0, convolution.out_channels, convolution.cols());
   if (input.numel() == 0) return {at::zeros_like(pool), at::zeros_like(theta)};
-  const int64_t rows = convolution.group_rows();
-  const auto of_group = [&](int64_t group) {
-    return product_backward(pool, theta, part_of(args, group * rows, 0),
-                            convolution.pixels(grad_output, group),
-                            convolution.patches(input, group));
-  };
-  WeightGradients result = of_group(0);
-  for (int64_t group = 1; group < groups; ++group) add_to(result, of_group(group));
-  return {result.pool.to(pool.scalar_type()), whole.theta_gradient(result.theta, theta)};
+  const WeightGradients gradients =
+      fits_platform(convolution, input.scalar_type())
+          ? platform_backward_weight(convolution, source, grad_output, input)
+          : sum_over_groups(convolution, source, grad_output, input);
+  return {gradients.pool.to(pool.scalar_type()), whole.theta_gradient(gradients.theta, theta)};
 }
 
 TORCH_LIBRARY_IMPL(hfh, CPU, m) {
