@@ -140,7 +140,7 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& pool, const at::Ten
   if (bias_tensor.defined()) check_bias(bias_tensor, out_channels, input);
   at::Tensor output = at::empty(convolution.output_size(), input.options(), format_like(input));
   if (output.numel() == 0) return output;
-  if (fits_platform(convolution, input.scalar_type())) {
+  if (prefers_platform(convolution, input.scalar_type())) {
     platform_forward(convolution, source, input, bias_tensor, output);
     return output;
   }
@@ -164,7 +164,7 @@ at::Tensor conv2d_backward_input(const at::Tensor& grad_output, const at::Tensor
   source.part(0, 0, convolution.out_channels, convolution.cols());
   at::Tensor grad_input = at::empty(input_size, grad_output.options(), format_like(grad_output));
   if (grad_input.numel() == 0) return grad_input;
-  if (fits_platform(convolution, grad_output.scalar_type())) {
+  if (prefers_platform(convolution, grad_output.scalar_type())) {
     platform_backward_input(convolution, source, grad_output, grad_input);
     return grad_input;
   }
@@ -206,7 +206,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward_weight(
   const CheckedWeight whole = source.part(0, 0, convolution.out_channels, convolution.cols());
   if (input.numel() == 0) return {at::zeros_like(pool), at::zeros_like(theta)};
   const WeightGradients gradients =
-      fits_platform(convolution, input.scalar_type())
+      prefers_platform(convolution, input.scalar_type())
           ? platform_backward_weight(convolution, source, grad_output, input)
           : sum_over_groups(convolution, source, grad_output, input);
   return {gradients.pool.to(pool.scalar_type()), whole.theta_gradient(gradients.theta, theta)};

@@ -51,9 +51,9 @@ struct WeightSource {
 WeightGradients zero_gradients(const CheckedWeight& weight);
 void add_to(WeightGradients& sum, const WeightGradients& part);
 
-/// Whether the platform's convolution can take a few groups at a time without holding much: it
-/// serves groups too small for products of their own, such as depthwise ones.
-bool fits_platform(const Convolution& convolution, at::ScalarType dtype);
+/// Whether the platform's own convolution, given a bounded part of the weight and of the images at
+/// a time, is faster than products with patches: for groups, small weights and many positions.
+bool prefers_platform(const Convolution& convolution, at::ScalarType dtype);
 
 void platform_forward(const Convolution& convolution, const WeightSource& weight,
                       const at::Tensor& input, const at::Tensor& bias, at::Tensor& output);
