@@ -69,8 +69,8 @@ def conv2d(
         ValueError: a shape, a device, a size or an offset is invalid.
         RuntimeError: the backend cannot run.
     """
-    stride, dilation = _ints("stride", stride, 2), _ints("dilation", dilation, 2)
-    kernel_size = _ints("kernel_size", kernel_size, 2)
+    stride, dilation = ints("stride", stride, 2), ints("dilation", dilation, 2)
+    kernel_size = ints("kernel_size", kernel_size, 2)
     input, is_batch = _with_batch(input, 4)
     input, padding = _pad(input, kernel_size, stride, padding, dilation)
     output = _convolve(
@@ -109,10 +109,10 @@ def conv1d(
     Returns:
         [batch, out_channels, out_length]; all else as of :func:`conv2d`.
     """
-    stride, dilation = (1, *_ints("stride", stride, 1)), (1, *_ints("dilation", dilation, 1))
-    kernel_size = (1, *_ints("kernel_size", kernel_size, 1))
+    stride, dilation = (1, *ints("stride", stride, 1)), (1, *ints("dilation", dilation, 1))
+    kernel_size = (1, *ints("kernel_size", kernel_size, 1))
     if not isinstance(padding, str):
-        padding = (0, *_ints("padding", padding, 1))
+        padding = (0, *ints("padding", padding, 1))
     input, is_batch = _with_batch(input, 3)
     input, padding = _pad(input.unsqueeze(2), kernel_size, stride, padding, dilation)
     output = _convolve(
@@ -151,13 +151,18 @@ def _convolve(
     return output
 
 
-def _ints(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
+def ints(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """``count`` ints: the same one, or those given; else a TypeError that names the argument."""
     if isinstance(value, int):
         return (value,) * count
-    if len(value) != count or not all(isinstance(item, int) for item in value):
+    try:
+        values = tuple(value)
+    except TypeError:
+        values = ()
+    if len(values) != count or not all(isinstance(item, int) for item in values):
         plural = "" if count == 1 else "s"
         raise TypeError(f"{name} must be an int or {count} int{plural}, received {value!r}")
-    return tuple(value)
+    return values
 
 
 def _with_batch(input: Tensor, dims: int) -> tuple[Tensor, bool]:
@@ -180,7 +185,7 @@ def _pad(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """The input, and what to pad each side of it with."""
     if not isinstance(padding, str):
-        return input, _ints("padding", padding, 2)
+        return input, ints("padding", padding, 2)
     if padding == "valid":
         return input, (0, 0)
     if padding != "same":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hfh_kernels import functional
+from hfh_kernels.functional.convolution import ints
 from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.nn.pool import Pool
 from hfh_kernels.spec import require_int
@@ -102,9 +103,7 @@ class _HFHConv(HFHLayer):
 
     @classmethod
     def _ints(cls, name: str, value: int | Sequence[int], low: int) -> tuple[int, ...]:
-        values = (value,) * cls._DIMS if isinstance(value, int) else tuple(value)
-        if len(values) != cls._DIMS:
-            raise ValueError(f"{name} must be an int or {cls._DIMS} of them, received {value!r}")
+        values = ints(name, value, cls._DIMS)
         for item in values:
             require_int(name, item, low, 2**31 - 1)
         return values
