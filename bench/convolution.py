@@ -149,7 +149,7 @@ def main() -> None:
     if arguments.memory is not None:
         return print(*measure_memory(CONVOLUTIONS[arguments.memory]))
     torch.set_num_threads(arguments.threads)
-    repeats = 10 if arguments.quick else 60
+    repeats = 10 if arguments.quick else 40
     report: dict[str, Any] = {
         "machine": machine.describe(),
         "rows": [
