@@ -141,7 +141,8 @@ def print_tables(report: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, nothing written")
+    parser.add_argument("--quick", action="store_true", help="write no results")
+    parser.add_argument("--repeats", type=int, default=40, help="half of them for large batches")
     parser.add_argument("--memory", type=int, metavar="INDEX")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -149,11 +150,11 @@ def main() -> None:
     if arguments.memory is not None:
         return print(*measure_memory(CONVOLUTIONS[arguments.memory]))
     torch.set_num_threads(arguments.threads)
-    repeats = 10 if arguments.quick else 40
     report: dict[str, Any] = {
         "machine": machine.describe(),
+        "repeats": arguments.repeats,
         "rows": [
-            measure(shape, backward, max(5, repeats // (2 if shape.batch > 1 else 1)))
+            measure(shape, backward, max(5, arguments.repeats // (2 if shape.batch > 1 else 1)))
             for shape in CONVOLUTIONS
             for backward in (False, True)
         ],
