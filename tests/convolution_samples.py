@@ -111,6 +111,11 @@ def one(name: str, **changes: object) -> ConvolutionSample:
 LARGE = one("products with patches", in_channels=60, out_channels=260, size=(5, 6))
 """A weight of more than half a MiB on few positions."""
 
+LONG = one(
+    "products, long patches", in_channels=448, out_channels=72, size=(14, 15), has_bias=False
+)
+"""More patches than are held at once, and so are the weight's columns, which cuts a channel."""
+
 CONVOLUTIONS = [
     one("default"),
     one("channels last", channels_last=True),
@@ -131,11 +136,11 @@ CONVOLUTIONS = [
         padding=(0, 0), size=(5, 6)),
     one("products, one strided tap, channels last", in_channels=400, out_channels=360,
         kernel_size=(1, 1), padding=(0, 0), stride=(2, 2), channels_last=True),
-    one("products, long patches in several blocks", in_channels=448, out_channels=40,
-        batch=(1,), size=(14, 15)),
+    LONG,
+    dataclasses.replace(LONG, name="products, long patches, bfloat16", dtype=BFLOAT16),
     one("products, an image of its own", in_channels=1, out_channels=2, batch=(1,),
         size=(730, 731)),
     one("platform, parts of the rows", in_channels=60, out_channels=260, size=(23, 24)),
     one("platform, parts of the groups and images", in_channels=40, out_channels=40, groups=40,
-        size=(60, 60), batch=(3,)),
+        size=(96, 97), batch=(3,)),
 ]  # fmt: skip
