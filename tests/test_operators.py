@@ -91,10 +91,10 @@ def test_opcheck(sample: Sample, operator: str) -> None:
 
 
 @pytest.mark.parametrize("operator", convolution_calls(CONVOLUTIONS[0]))
-@pytest.mark.parametrize("sample", CONVOLUTIONS, ids=lambda sample: sample.name)
+@pytest.mark.parametrize(
+    "sample", [s for s in CONVOLUTIONS if s.size[0] < 100], ids=lambda sample: sample.name
+)
 def test_opcheck_convolution(sample: ConvolutionSample, operator: str) -> None:
-    if sample.size[0] > 100:
-        pytest.skip("more pixels than this needs")
     tolerance = 1e-2 if sample.dtype == BFLOAT16 else None
     torch.library.opcheck(
         getattr(torch.ops.hfh, operator).default,
