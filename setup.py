@@ -24,11 +24,16 @@ from setuptools import setup
 # Files that see Tensor, and what they share with the rest: compiled once, for any machine.
 TORCH_SOURCES = [
     "csrc/torch/autograd.cpp",
+    "csrc/torch/convolution.cpp",
+    "csrc/torch/convolution_autograd.cpp",
+    "csrc/torch/convolution_geometry.cpp",
     "csrc/torch/gemm.cpp",
     "csrc/torch/matrix_unit.cpp",
     "csrc/torch/module.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/panels.cpp",
+    "csrc/torch/patch_matrix.cpp",
+    "csrc/torch/platform_convolution.cpp",
     "csrc/torch/slot_products.cpp",
     "csrc/torch/weight.cpp",
     "csrc/torch/weight_backward.cpp",
@@ -38,6 +43,7 @@ TORCH_SOURCES = [
 KERNEL_SOURCES = [
     "csrc/cpu/backward.cpp",
     "csrc/cpu/linear.cpp",
+    "csrc/cpu/patches.cpp",
     "csrc/cpu/reconstruct.cpp",
     "csrc/cpu/slots.cpp",
     "csrc/cpu/table.cpp",

@@ -50,6 +50,27 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
+def convolution_table(report: dict[str, Any]) -> str:
+    ratios = {(row["shape"], row["backward"]): row["ratio"] for row in report["rows"]}
+    lines = [
+        "| time, relative to the dense convolution | forward | forward + backward |",
+        "|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["shape"] for row in report["rows"]):
+        cells = (ratios[name, backward] for backward in (False, True))
+        marked = (f"**{cell:.2f}**" if cell < 1 else f"{cell:.2f}" for cell in cells)
+        lines.append(f"| {name} | " + " | ".join(marked) + " |")
+    most = max(
+        max(memory["forward_bytes"], memory["backward_bytes"]) for memory in report["peak_memory"]
+    )
+    lines += [
+        "",
+        "At most "
+        f"{most / 2**20:.1f} MiB beyond pool, activations and their gradients in any of these.",
+    ]
+    return "\n".join(lines)
+
+
 def demo_text(report: dict[str, Any]) -> str:
     """The demo's two tables."""
     settings, results = report["settings"], report["accuracy"]
@@ -105,16 +126,22 @@ def replace_block(text: str, name: str, content: str) -> str:
     return re.sub(pattern, rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
 
 
+def newest(kind: str) -> dict[str, Any]:
+    file = max(RESULTS.glob(f"{kind}-*.json"), key=lambda path: path.stat().st_mtime)
+    print(f"{kind}: {file.name}")
+    report: dict[str, Any] = json.loads(file.read_text())
+    return report
+
+
 def main() -> None:
-    file = max(RESULTS.glob("linear-*.json"), key=lambda path: path.stat().st_mtime)
-    report = json.loads(file.read_text())
+    report = newest("linear")
     text = README.read_text()
     for variant in ("resident", "streamed"):
         text = replace_block(text, f"linear {variant}", linear_table(report, variant))
     text = replace_block(text, "linear summary", summary(report))
+    text = replace_block(text, "convolution", convolution_table(newest("convolution")))
     text = replace_block(text, "demo", demo_text(json.loads((RESULTS / "demo.json").read_text())))
     README.write_text(text)
-    print(f"README.md tables written from {file.name}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from hfh_kernels.nn import HFHLinear, Pool
+from hfh_kernels.nn import HFHConv2d, HFHLinear, Pool
 
 IN_FEATURES = OUT_FEATURES = 4096
 NUM_WEIGHTS = IN_FEATURES * OUT_FEATURES
@@ -75,4 +75,45 @@ ROWS = (
     FORWARD_BACKWARD,
     Row("forward, depth 2, bfloat16", dtype=torch.bfloat16, targets={1: 1.00}),
     Row("forward, depth 1, bfloat16", depth=1, dtype=torch.bfloat16, targets={1: 1.00}),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A convolution that keeps the images' size, U 4, depth 2, width 4, relu, block 32, 1/16."""
+
+    kernel: int
+    channels: int
+    size: int
+    batch: int
+    forward_target: float
+    backward_target: float
+    """Time relative to the dense layer; of forward and backward together."""
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.kernel}x{self.kernel}, {self.channels} channels, {self.size} x {self.size}, "
+            f"batch {self.batch}"
+        )
+
+    def layer(self) -> HFHConv2d:
+        num_weights = self.channels**2 * self.kernel**2
+        return HFHConv2d(
+            self.channels,
+            self.channels,
+            self.kernel,
+            padding=self.kernel // 2,
+            bias=False,
+            pool=Pool(num_weights // 16),
+            block=32,
+        )
+
+
+CONVOLUTIONS = (
+    Images(3, 256, 14, 1, forward_target=1.15, backward_target=1.30),
+    Images(3, 256, 14, 16, forward_target=1.04, backward_target=1.15),
+    Images(1, 512, 14, 1, forward_target=1.15, backward_target=1.30),
+    Images(1, 512, 14, 16, forward_target=1.04, backward_target=1.15),
+    Images(3, 512, 7, 1, forward_target=0.90, backward_target=1.30),
 )

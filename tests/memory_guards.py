@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tests import convolution_samples as convolutions
+from tests.convolution_samples import CONVOLUTIONS
 from tests.samples import SAMPLES, run
 from tests.sweep import SWEEP
 
@@ -41,6 +43,14 @@ def run_all(guard: Callable[[Tensor], Tensor]) -> None:
         arguments = sample.arguments().map(lambda x: guard(x) if x.numel() else x)
         run(sample, arguments)
         sample.materialize(arguments)
+    for convolution in CONVOLUTIONS:
+        arguments = convolution.arguments()
+        guarded_arguments = arguments.map(guard)._replace(
+            input=guard(arguments.input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            if convolution.channels_last
+            else guard(arguments.input)
+        )
+        convolutions.run(convolution, guarded_arguments)
 
 
 def overrun() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from hfh_kernels import HashSpec, Reconstruction, functional
 from hfh_kernels.ops.library import Weight
 from tests.tolerances import TOLERANCE, relative_error
 
+AnySample = TypeVar("AnySample", bound="Sample")
 RELU_NETWORK = Reconstruction(depth=2, width=4, activation="relu")
 
 
@@ -116,7 +117,7 @@ class Sample:
             backend=backend,
         )
 
-    def in_dtype(self, dtype: torch.dtype) -> Sample:
+    def in_dtype(self: AnySample, dtype: torch.dtype) -> AnySample:
         """The same with every tensor in `dtype`."""
         return dataclasses.replace(self, dtype=dtype, pool_dtype=dtype, theta_dtype=dtype)
 

@@ -23,6 +23,8 @@ print("capability:", hfh_kernels.build_info().get("cpu_capability"))
 sys.exit(pytest.main(sys.argv[1:]))
 """
 TESTS = [
+    "tests/test_convolution.py::test_samples",
+    "tests/test_convolution.py::test_random_samples",
     "tests/test_linear.py::test_samples",
     "tests/test_linear.py::test_random_samples",
     "tests/test_linear.py::test_nan_beside_the_columns_in_use",

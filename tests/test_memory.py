@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.shapes import CONVOLUTIONS, Images
 from hfh_kernels import dispatch
 
 pytestmark = [
@@ -51,6 +52,15 @@ def test_peak_of_a_large_layer(batch: int, dtype: str, block: int, mebibytes: in
     assert result.returncode == 0, result.stderr
     forward, backward = map(int, result.stdout.split())
     assert max(forward, backward) <= mebibytes * 2**20
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=lambda shape: shape.name)
+def test_peak_of_a_convolution(shape: Images) -> None:
+    """Over arguments, outputs and gradients, whatever the weight's and the patches' sizes."""
+    result = run_python("-m", "bench.convolution", "--memory", str(CONVOLUTIONS.index(shape)))
+    assert result.returncode == 0, result.stderr
+    forward, backward = map(int, result.stdout.split())
+    assert max(forward, backward) <= 8 * 2**20
 
 
 CHECKED_HEAP = {

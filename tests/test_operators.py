@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hfh_kernels import HashSpec, dispatch
-from hfh_kernels.nn import HFHLinear, Pool
+from hfh_kernels.nn import HFHConv1d, HFHConv2d, HFHLinear, Pool
+from tests.convolution_samples import CONVOLUTIONS, ConvolutionSample
 from tests.samples import BFLOAT16, SAMPLES, Sample, differentiate, run
 
 pytestmark = [
@@ -54,13 +55,26 @@ def calls(sample: Sample) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def convolution_calls(sample: ConvolutionSample) -> dict[str, tuple[Any, ...]]:
+    """The same for the operators of a convolution."""
+    arguments = sample.arguments()
+    input, *parameters = arguments.require_grad()
+    rest = (*sample.geometry, *sample.weight)
+    plain, grad = arguments[1:3], sample.grad_output()
+    return {
+        "conv2d": (input, *parameters, sample.out_channels, *rest),
+        "conv2d_backward_input": (grad, *plain, input.shape, *rest),
+        "conv2d_backward_weight": (grad, arguments.input, *plain, *rest),
+    }
+
+
 def test_every_operator_is_called() -> None:
     names = {
         name.removeprefix("hfh::")
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("hfh::")
     }
-    assert calls(SAMPLES[0]).keys() == names
+    assert calls(SAMPLES[0]).keys() | convolution_calls(CONVOLUTIONS[0]).keys() == names
 
 
 @pytest.mark.parametrize("operator", calls(SAMPLES[0]))
@@ -71,6 +85,20 @@ def test_opcheck(sample: Sample, operator: str) -> None:
     torch.library.opcheck(
         getattr(torch.ops.hfh, operator).default,
         calls(sample)[operator],
+        rtol=tolerance,
+        atol=tolerance,
+    )
+
+
+@pytest.mark.parametrize("operator", convolution_calls(CONVOLUTIONS[0]))
+@pytest.mark.parametrize(
+    "sample", [s for s in CONVOLUTIONS if s.size[0] < 100], ids=lambda sample: sample.name
+)
+def test_opcheck_convolution(sample: ConvolutionSample, operator: str) -> None:
+    tolerance = 1e-2 if sample.dtype == BFLOAT16 else None
+    torch.library.opcheck(
+        getattr(torch.ops.hfh, operator).default,
+        convolution_calls(sample)[operator],
         rtol=tolerance,
         atol=tolerance,
     )
@@ -119,6 +147,41 @@ def test_dynamic_batch(compiler: str, marked: bool) -> None:
                 results(compiled, batch), results(layer, batch), strict=True
             ):
                 torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dynamic_batch_of_images(compiler: str, channels_last: bool) -> None:
+    pool = Pool(640)
+    layer = HFHConv2d(6, 8, (3, 2), stride=(1, 2), padding=1, groups=2, pool=pool)
+    parameters = list(layer.parameters())
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+
+    def results(layer: Callable[[Tensor], Tensor], batch: int) -> list[Tensor]:
+        input = torch.linspace(-1, 1, batch * 6 * 63).view(batch, 6, 9, 7)
+        if channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        torch._dynamo.mark_dynamic(input.requires_grad_(), 0)
+        output = layer(input)
+        assert output.is_contiguous(memory_format=torch.channels_last) == channels_last
+        return [output, *torch.autograd.grad(output.square().sum(), (input, *parameters))]
+
+    results(compiled, 6)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for batch in (2, 3, 17):
+            for actual, expected in zip(
+                results(compiled, batch), results(layer, batch), strict=True
+            ):
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("padding", ["same", 1])
+def test_compiled_conv1d(padding: int | str) -> None:
+    layer = HFHConv1d(4, 6, 4, padding=padding, padding_mode="circular", pool=Pool(640))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    input = torch.randn(3, 4, 20)
+    assert torch.equal(compiled(input), layer(input))
+    assert torch.equal(compiled(input[0]), layer(input[0]))
 
 
 def test_network() -> None:

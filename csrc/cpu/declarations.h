@@ -35,5 +35,10 @@ void contribution_bounds_kernel(const VirtualWeight&, const cpu::TileBounds&, in
 void scatter_kernel(const cpu::PoolContributions&, DType pool_dtype, uint32_t begin, uint32_t end,
                     void* grad_pool);
 void round_to_bfloat16_kernel(const float* source, BFloat16* target, int64_t count);
+void gather_patches_kernel(const cpu::Patches&, const void* images, int element_size,
+                           const cpu::PatchBlock&);
+void scatter_positions_kernel(const cpu::Patches&, const cpu::PatchBlock&, int element_size,
+                              void* images);
+void add_patches_kernel(const cpu::Patches&, const cpu::PatchBlock&, DType, void* images);
 
 HFH_NAMESPACE_END

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/matrix_unit.h"
+#include "cpu/patches.h"
 #include "hfh/params.h"
 
 // The kernels of one instruction set, as a table of functions: the only thing the rest of the
@@ -116,6 +117,13 @@ struct Kernels {
                   void* grad_pool);
 
   void (*round_to_bfloat16)(const float* source, BFloat16* target, int64_t count);
+
+  /// Writes a block of the matrix of patches out of images of elements of any type.
+  void (*gather_patches)(const Patches&, const void* images, int element_size, const PatchBlock&);
+  /// The inverse for kernels of one tap, whose patches do not overlap.
+  void (*scatter_positions)(const Patches&, const PatchBlock&, int element_size, void* images);
+  /// Adds a block of the gradient of patches to that of the images, both float32 or float64.
+  void (*add_patches)(const Patches&, const PatchBlock&, DType, void* images);
 
   /// Null where there is none.
   const MatrixUnit* matrix_unit;

@@ -28,6 +28,9 @@ const Kernels& HFH_JOIN(kernels_, HFH_CAPABILITY)() {
       contribution_bounds_kernel,
       scatter_kernel,
       round_to_bfloat16_kernel,
+      gather_patches_kernel,
+      scatter_positions_kernel,
+      add_patches_kernel,
       nullptr,
   };
   return table;

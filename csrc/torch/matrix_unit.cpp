@@ -245,7 +245,7 @@ void MatrixUnitGradient::select_columns(int64_t col, int64_t cols) {
   });
 }
 
-void MatrixUnitGradient::multiply(int64_t row, int64_t rows, float* out, int64_t stride) {
+bool MatrixUnitGradient::multiply(int64_t row, int64_t rows, float* out, int64_t stride) const {
   const MatrixUnit& unit = *kernels().matrix_unit;
   void* packed = Scratch<Purpose::kPanels>::get(MatrixUnit::packed_bytes(rows, batch_));
   unit.pack_outer_contiguous(Side::kLeft, grad_output_ + row, out_features_, rows, batch_, packed,
@@ -256,7 +256,7 @@ void MatrixUnitGradient::multiply(int64_t row, int64_t rows, float* out, int64_t
   unit.start(product);
   unit.advance(product, product.steps_left);
   unit.release();
-  if (!product.finite) finite_ = false;
+  return product.finite;
 }
 
 }  // namespace hfh::torch_ops

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <atomic>
-
 #include "cpu/kernels.h"
 
 // Products with a virtual weight on the machine's matrix unit. Each returns whether it is done: it
@@ -31,15 +29,12 @@ class MatrixUnitGradient {
   /// Chooses the columns of the tiles to come. Not to be called in a parallel region.
   void select_columns(int64_t col, int64_t cols);
   /// out[rows, cols] = grad_output[:, row:row + rows]^T input[:, the columns selected]
-  void multiply(int64_t row, int64_t rows, float* out, int64_t stride);
-
-  bool finite() const { return finite_; }
+  bool multiply(int64_t row, int64_t rows, float* out, int64_t stride) const;
 
  private:
   const float *grad_output_, *input_;
   int64_t out_features_, in_features_, batch_, cols_ = 0;
   char* packed_input_ = nullptr;
-  std::atomic<bool> finite_ = true;
 };
 
 }  // namespace hfh::torch_ops

@@ -86,7 +86,9 @@ std::tuple<at::Tensor, at::Tensor> materialize_backward(const at::Tensor& grad,
   TORCH_CHECK_VALUE(grad.dim() == 2, "grad must be 2-d, received shape ", grad.sizes());
   check_activation_dtype(grad, "grad", pool);
   const CheckedWeight weight(pool, theta, grad.size(0), grad.size(1), {HFH_WEIGHT_ARGUMENTS});
-  return user_gradients(weight, weight_backward(weight, grad.contiguous()), pool, theta);
+  WeightGradients gradients = zero_gradients(weight);
+  add_weight_backward(weight, grad.contiguous(), gradients);
+  return user_gradients(weight, gradients, pool, theta);
 }
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
@@ -98,14 +100,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Ten
                     out_features);
   const CheckedWeight weight(pool, theta, out_features, input.size(-1), {HFH_WEIGHT_ARGUMENTS});
   const at::Tensor bias_tensor = bias.value_or(at::Tensor());
-  if (bias_tensor.defined()) {
-    check_cpu(bias_tensor, "bias");
-    TORCH_CHECK_VALUE(bias_tensor.dim() == 1 && bias_tensor.numel() == out_features,
-                      "bias must have shape [", out_features, "], received ", bias_tensor.sizes());
-    TORCH_CHECK_TYPE(bias_tensor.scalar_type() == input.scalar_type(),
-                     "bias must have input's dtype ", input.scalar_type(), ", received ",
-                     bias_tensor.scalar_type());
-  }
+  if (bias_tensor.defined()) check_bias(bias_tensor, out_features, input);
   auto sizes = input.sizes().vec();
   sizes.back() = out_features;
   at::Tensor out = at::empty(sizes, input.options());
@@ -156,8 +151,8 @@ std::tuple<at::Tensor, at::Tensor> linear_backward_weight(const at::Tensor& grad
   if (input.numel() == 0 || grad_output.numel() == 0) {
     return {at::zeros_like(pool), at::zeros_like(theta)};
   }
-  const WeightGradients gradients =
-      weight_backward(weight, as_matrix(grad_output), as_matrix(input));
+  WeightGradients gradients = zero_gradients(weight);
+  add_weight_backward(weight, as_matrix(grad_output), as_matrix(input), gradients);
   return user_gradients(weight, gradients, pool, theta);
 }
 

@@ -25,10 +25,13 @@ struct WeightGradients {
   std::vector<double> theta;
 };
 
-/// The gradients behind V's: V's own is given, or (the second form) the product
+WeightGradients zero_gradients(const CheckedWeight& weight);
+
+/// Adds the gradients behind V's: V's own is given, or (the second form) the product
 /// grad_output^T input, of which only tiles ever exist.
-WeightGradients weight_backward(const CheckedWeight& weight, const at::Tensor& gradient);
-WeightGradients weight_backward(const CheckedWeight& weight, const at::Tensor& grad_output,
-                                const at::Tensor& input);
+void add_weight_backward(const CheckedWeight& weight, const at::Tensor& gradient,
+                         WeightGradients& sum);
+void add_weight_backward(const CheckedWeight& weight, const at::Tensor& grad_output,
+                         const at::Tensor& input, WeightGradients& sum);
 
 }  // namespace hfh::torch_ops

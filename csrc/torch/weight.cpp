@@ -62,6 +62,14 @@ void check_activation_dtype(const at::Tensor& tensor, const char* name, const at
                    " and ", pool.scalar_type(), " (backend='reference' takes any)");
 }
 
+void check_bias(const at::Tensor& bias, int64_t size, const at::Tensor& input) {
+  check_cpu(bias, "bias");
+  TORCH_CHECK_VALUE(bias.dim() == 1 && bias.numel() == size, "bias must have shape [", size,
+                    "], received ", bias.sizes());
+  TORCH_CHECK_TYPE(bias.scalar_type() == input.scalar_type(), "bias must have input's dtype ",
+                   input.scalar_type(), ", received ", bias.scalar_type());
+}
+
 CheckedWeight::CheckedWeight(const at::Tensor& pool, const at::Tensor& theta, int64_t rows,
                              int64_t cols, const WeightArguments& args)
     : rows_(rows), cols_(cols), depth_(static_cast<int>(args.depth)), scale_(args.scale) {

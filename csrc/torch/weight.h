@@ -60,5 +60,6 @@ HashParams checked_hash(int64_t seed, int64_t num_hashes, int64_t pool_size, int
 /// Refuses tensors that the CPU kernels cannot take, naming the argument and what it received.
 void check_cpu(const at::Tensor& tensor, const char* name);
 void check_activation_dtype(const at::Tensor& tensor, const char* name, const at::Tensor& pool);
+void check_bias(const at::Tensor& bias, int64_t size, const at::Tensor& input);
 
 }  // namespace hfh::torch_ops

@@ -72,17 +72,26 @@ class ProductGradient {
 };
 
 /// grad_output^T input, on the matrix unit.
-class MatrixUnitProduct : public MatrixUnitGradient {
+class MatrixUnitProduct {
  public:
-  using MatrixUnitGradient::MatrixUnitGradient;
+  MatrixUnitProduct(const at::Tensor& grad_output, const at::Tensor& input)
+      : plain_(grad_output, input),
+        unit_(grad_output.const_data_ptr<float>(), grad_output.size(1),
+              input.const_data_ptr<float>(), input.size(1), input.size(0)) {}
 
   at::ScalarType dtype() const { return at::kFloat; }
   bool is_product() const { return true; }
+  void select_columns(int64_t col, int64_t cols) { unit_.select_columns(col, cols); }
   Matrix tile(const TileBounds& tile, at::Tensor& storage) {
     const Matrix product = matrix_of(storage).slice(0, tile.rows, 0, tile.cols);
-    multiply(tile.row, tile.rows, static_cast<float*>(product.data), product.row_stride);
-    return product;
+    const bool done =
+        unit_.multiply(tile.row, tile.rows, static_cast<float*>(product.data), product.row_stride);
+    return done ? product : plain_.tile(tile, storage);
   }
+
+ private:
+  ProductGradient plain_;
+  MatrixUnitGradient unit_;
 };
 
 /// The tiles of a weight's gradient, and the work on each of them: those of one column of tiles at
@@ -206,13 +215,6 @@ void backward_by_rounds(const VirtualWeight& weight, Tiles& tiles, int64_t num_t
   for (TileWork& work : round) add_theta(result.theta, work.grad_theta);
 }
 
-WeightGradients zero_gradients(const CheckedWeight& weight) {
-  const HashParams& hash = weight.get().hash;
-  const int64_t pool_size = int64_t{hash.num_slots} << hash.log2_block;
-  return {at::zeros({pool_size}, at::dtype(weight.compute_dtype())),
-          std::vector<double>(weight.theta_size(), 0.0)};
-}
-
 /// Adds what the gradients of V that `source` has mean for the pool and g.
 template <class Source>
 void add_backward(const CheckedWeight& weight, Source& source, WeightGradients& result) {
@@ -231,38 +233,32 @@ void add_backward(const CheckedWeight& weight, Source& source, WeightGradients& 
   }
 }
 
-/// Whether it worked out: see torch/matrix_unit.h.
-bool add_matrix_unit_backward(const CheckedWeight& weight, const at::Tensor& grad_output,
-                              const at::Tensor& input, WeightGradients& result) {
-  for (int64_t m = 0; m < input.size(0); m += MatrixUnitGradient::kMaxBatch) {
-    MatrixUnitProduct source(grad_output.const_data_ptr<float>() + m * weight.rows(), weight.rows(),
-                             input.const_data_ptr<float>() + m * weight.cols(), weight.cols(),
-                             std::min(MatrixUnitGradient::kMaxBatch, input.size(0) - m));
-    add_backward(weight, source, result);
-    if (!source.finite()) return false;
-  }
-  return true;
-}
-
 }  // namespace
 
-WeightGradients weight_backward(const CheckedWeight& weight, const at::Tensor& gradient) {
-  WeightGradients result = zero_gradients(weight);
-  GivenGradient source(gradient);
-  add_backward(weight, source, result);
-  return result;
+WeightGradients zero_gradients(const CheckedWeight& weight) {
+  const HashParams& hash = weight.get().hash;
+  const int64_t pool_size = int64_t{hash.num_slots} << hash.log2_block;
+  return {at::zeros({pool_size}, at::dtype(weight.compute_dtype())),
+          std::vector<double>(weight.theta_size(), 0.0)};
 }
 
-WeightGradients weight_backward(const CheckedWeight& weight, const at::Tensor& grad_output,
-                                const at::Tensor& input) {
-  WeightGradients result = zero_gradients(weight);
-  if (input.scalar_type() == at::kFloat && prefers_matrix_unit(input.size(0))) {
-    if (add_matrix_unit_backward(weight, grad_output, input, result)) return result;
-    result = zero_gradients(weight);
+void add_weight_backward(const CheckedWeight& weight, const at::Tensor& gradient,
+                         WeightGradients& sum) {
+  GivenGradient source(gradient);
+  add_backward(weight, source, sum);
+}
+
+void add_weight_backward(const CheckedWeight& weight, const at::Tensor& grad_output,
+                         const at::Tensor& input, WeightGradients& sum) {
+  if (input.scalar_type() != at::kFloat || !prefers_matrix_unit(input.size(0))) {
+    ProductGradient source(grad_output, input);
+    return add_backward(weight, source, sum);
   }
-  ProductGradient source(grad_output, input);
-  add_backward(weight, source, result);
-  return result;
+  for (int64_t m = 0; m < input.size(0); m += MatrixUnitGradient::kMaxBatch) {
+    const int64_t batch = std::min(MatrixUnitGradient::kMaxBatch, input.size(0) - m);
+    MatrixUnitProduct source(grad_output.narrow(0, m, batch), input.narrow(0, m, batch));
+    add_backward(weight, source, sum);
+  }
 }
 
 }  // namespace hfh::torch_ops

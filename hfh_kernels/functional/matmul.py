@@ -11,6 +11,7 @@ from torch import Tensor
 from hfh_kernels import ops  # noqa: F401  (defines torch.ops.hfh)
 from hfh_kernels.dispatch import choose
 from hfh_kernels.functional.weight import require_pool_size, require_scalar, weight_fields
+from hfh_kernels.ops.library import require_bias
 from hfh_kernels.ops.linear import reference as linear_reference
 from hfh_kernels.spec import HashSpec, Reconstruction
 
@@ -64,7 +65,7 @@ def linear(
         output: Tensor = scale * run(input, pool, theta, None, out_features, *weight)
         if bias is None:
             return output
-        linear_reference.require_bias(bias, input, out_features)
+        require_bias(bias, input, out_features)
         return output + bias.to(output.dtype)
     weight = weight_fields(hash_spec, reconstruction, scale, row_offset, col_offset)
     output = run(input, pool, theta, bias, out_features, *weight)

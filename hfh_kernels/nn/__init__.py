@@ -1,6 +1,7 @@
 """Layers whose weights are computed from a shared pool."""
 
+from hfh_kernels.nn.convolution import HFHConv1d, HFHConv2d
 from hfh_kernels.nn.linear import HFHLinear
 from hfh_kernels.nn.pool import Pool
 
-__all__ = ["HFHLinear", "Pool"]
+__all__ = ["HFHConv1d", "HFHConv2d", "HFHLinear", "Pool"]

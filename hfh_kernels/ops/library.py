@@ -76,6 +76,15 @@ def require_same_device(name: str, tensor: Tensor, like_name: str, like: Tensor)
         )
 
 
+def require_bias(bias: Tensor, input: Tensor, size: int) -> None:
+    """Raise unless bias is [size] on input's device and, without autocast, in its dtype."""
+    require_same_device("bias", bias, "input", input)
+    if bias.shape != (size,):
+        raise ValueError(f"bias must have shape [{size}], received shape {list(bias.shape)}")
+    if bias.dtype != input.dtype and not _autocast_enabled(input.device):
+        raise TypeError(f"bias must have the dtype of input, {input.dtype}, received {bias.dtype}")
+
+
 def define(
     name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]
 ) -> None:
@@ -90,3 +99,39 @@ def define(
         torch.library.register_fake(f"hfh::{name}", fake, lib=LIBRARY)
     else:
         LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+
+
+def define_autocast(name: str) -> None:
+    """As autocast treats torch's own products, but pool and theta keep their precision.
+
+    For operators whose first argument is the input and whose fourth is the bias.
+    """
+    if not _extension.available():
+        return
+    operator = getattr(torch.ops.hfh, name).default
+
+    def implementation(device_type: str) -> Callable[..., Tensor]:
+        def run(
+            input: Tensor, pool: Tensor, theta: Tensor, bias: Tensor | None, *arguments: Any
+        ) -> Tensor:
+            dtype = torch.get_autocast_dtype(device_type)
+            input = _cast(input, dtype)
+            bias = None if bias is None else _cast(bias, dtype)
+            with torch.autocast(device_type, enabled=False):
+                output: Tensor = operator(input, pool, theta, bias, *arguments)
+            return output
+
+        return run
+
+    LIBRARY.impl(name, implementation("cpu"), "AutocastCPU")
+    LIBRARY.impl(name, implementation("cuda"), "AutocastCUDA")
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    castable = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor
+
+
+def _autocast_enabled(device: torch.device) -> bool:
+    """False for devices that have no autocast, where torch's own question raises."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hfh_kernels import _extension
-from hfh_kernels.ops.library import LIBRARY, WEIGHT, define, require_same_device
+from hfh_kernels.ops.library import WEIGHT, define, define_autocast, require_same_device
 from hfh_kernels.ops.linear import reference
 
 
@@ -64,29 +61,4 @@ define(
     reference=reference.linear_backward_weight,
     fake=fake_linear_backward_weight,
 )
-
-
-def _autocast_linear(device_type: str) -> Callable[..., Tensor]:
-    """As autocast does for F.linear, but pool and theta keep their precision."""
-
-    def linear(
-        input: Tensor, pool: Tensor, theta: Tensor, bias: Tensor | None, *arguments: Any
-    ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        input = _autocast(input, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
-        with torch.autocast(device_type, enabled=False):
-            output: Tensor = torch.ops.hfh.linear.default(input, pool, theta, bias, *arguments)
-        return output
-
-    return linear
-
-
-def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    castable = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if castable else tensor
-
-
-if _extension.available():
-    LIBRARY.impl("linear", _autocast_linear("cpu"), "AutocastCPU")
-    LIBRARY.impl("linear", _autocast_linear("cuda"), "AutocastCUDA")
+define_autocast("linear")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfh_kernels.ops.library import Weight, require_same_device
+from hfh_kernels.ops.library import Weight, require_bias, require_same_device
 from hfh_kernels.ops.materialize.reference import virtual_weight
 
 
@@ -67,19 +67,3 @@ def linear_backward_weight(
     vjp = torch.func.vjp(forward, pool, theta)[1]
     grad_pool, grad_theta = vjp(grad_output)
     return grad_pool, grad_theta
-
-
-def require_bias(bias: Tensor, input: Tensor, out_features: int) -> None:
-    """Raise unless bias is [out_features] on input's device and, without autocast, in its dtype."""
-    require_same_device("bias", bias, "input", input)
-    if bias.shape != (out_features,):
-        raise ValueError(
-            f"bias must have shape [{out_features}], received shape {list(bias.shape)}"
-        )
-    if bias.dtype != input.dtype and not _autocast_enabled(input.device):
-        raise TypeError(f"bias must have the dtype of input, {input.dtype}, received {bias.dtype}")
-
-
-def _autocast_enabled(device: torch.device) -> bool:
-    """False for devices that have no autocast, where torch's own question raises."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
