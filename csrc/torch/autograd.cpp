@@ -1,27 +1,46 @@
-#include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include "torch/autograd.h"
+
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
 
-#include "torch/weight.h"
-
-// Autograd of torch.ops.hfh, for every device: it calls the operators through the dispatcher, so
-// whichever kernel serves the tensors serves their gradients too. In C++ because the wrapper that
-// Python would put around each call costs more than a small layer.
-
 namespace hfh::torch_ops {
-
-namespace {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+c10::IValue pack(HFH_WEIGHT_PARAMETERS) {
+  return c10::ivalue::Tuple::create({seed, num_hashes, block, window, rows_per_window, depth, width,
+                                     std::string(activation), scale, row_offset, col_offset});
 }
+
+variable_list differentiable_once(variable_list gradients, const variable_list& inputs) {
+  if (!at::GradMode::is_enabled()) return gradients;
+  variable_list guarded;
+  for (const Tensor& gradient : gradients) {
+    if (gradient.defined()) guarded.push_back(gradient.detach().requires_grad_());
+  }
+  guarded.insert(guarded.end(), inputs.begin(), inputs.end());
+  const auto error = std::make_shared<torch::autograd::DelayedError>(
+      "the hfh kernels are differentiable once; backend='reference' is twice differentiable",
+      static_cast<int64_t>(guarded.size()));
+  guarded = (*error)(std::move(guarded));
+  size_t next = 0;
+  for (Tensor& gradient : gradients) {
+    if (gradient.defined()) gradient = guarded[next++];
+  }
+  return gradients;
+}
+
+bool needs_graph(std::initializer_list<const Tensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor* tensor : tensors) {
+    if (tensor->defined() && tensor->requires_grad()) return true;
+  }
+  return false;
+}
+
+namespace {
 
 Tensor call_materialize(const Tensor& pool, const Tensor& theta, int64_t rows, int64_t cols,
                         HFH_WEIGHT_PARAMETERS) {
@@ -55,49 +74,6 @@ std::tuple<Tensor, Tensor> call_linear_backward_weight(const Tensor& grad_output
   static const auto op =
       find_operator<decltype(call_linear_backward_weight)>("hfh::linear_backward_weight");
   return op.call(grad_output, input, pool, theta, HFH_WEIGHT_ARGUMENTS);
-}
-
-/// The weight's arguments as one value that an autograd node can keep.
-c10::IValue pack(HFH_WEIGHT_PARAMETERS) {
-  return c10::ivalue::Tuple::create({seed, num_hashes, block, window, rows_per_window, depth, width,
-                                     std::string(activation), scale, row_offset, col_offset});
-}
-
-/// Calls `f` with the weight's arguments behind its own.
-template <class F, class... Args>
-auto call_with_weight(const F& f, const c10::IValue& packed, const Args&... args) {
-  const auto w = packed.toTupleRef().elements().asArrayRef();
-  return f(args..., w[0].toInt(), w[1].toInt(), w[2].toInt(), w[3].toInt(), w[4].toInt(),
-           w[5].toInt(), w[6].toInt(), w[7].toStringRef(), w[8].toDouble(), w[9].toInt(),
-           w[10].toInt());
-}
-
-/// Where a graph of the backward pass is asked for, makes a second backward an error instead of a
-/// silent zero: whoever differentiates `gradients` comes upon it on every way to `inputs`.
-variable_list differentiable_once(variable_list gradients, const variable_list& inputs) {
-  if (!at::GradMode::is_enabled()) return gradients;
-  variable_list guarded;
-  for (const Tensor& gradient : gradients) {
-    if (gradient.defined()) guarded.push_back(gradient.detach().requires_grad_());
-  }
-  guarded.insert(guarded.end(), inputs.begin(), inputs.end());
-  const auto error = std::make_shared<torch::autograd::DelayedError>(
-      "the hfh kernels are differentiable once; backend='reference' is twice differentiable",
-      static_cast<int64_t>(guarded.size()));
-  guarded = (*error)(std::move(guarded));
-  size_t next = 0;
-  for (Tensor& gradient : gradients) {
-    if (gradient.defined()) gradient = guarded[next++];
-  }
-  return gradients;
-}
-
-bool needs_graph(std::initializer_list<const Tensor*> tensors) {
-  if (!at::GradMode::is_enabled()) return false;
-  for (const Tensor* tensor : tensors) {
-    if (tensor->defined() && tensor->requires_grad()) return true;
-  }
-  return false;
 }
 
 struct Materialize : torch::autograd::Function<Materialize> {
