@@ -24,7 +24,12 @@ from setuptools import setup
 # Files that see Tensor, and what they share with the rest: compiled once, for any machine.
 TORCH_SOURCES = [
     "csrc/torch/autograd.cpp",
+    "csrc/torch/autograd_embedding.cpp",
+    "csrc/torch/embedding.cpp",
+    "csrc/torch/embedding_bag.cpp",
     "csrc/torch/gemm.cpp",
+    "csrc/torch/lookup.cpp",
+    "csrc/torch/lookup_backward.cpp",
     "csrc/torch/module.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/panels.cpp",
@@ -35,6 +40,8 @@ TORCH_SOURCES = [
 # Raw-pointer kernels: compiled once for each capability, with -DHFH_CAPABILITY=<its name>.
 KERNEL_SOURCES = [
     "csrc/cpu/backward.cpp",
+    "csrc/cpu/embedding.cpp",
+    "csrc/cpu/embedding_backward.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/reconstruct.cpp",
     "csrc/cpu/slots.cpp",

@@ -56,9 +56,11 @@ void backward_kernel(const VirtualWeight& weight, const cpu::TileBounds& bounds,
                      cpu::PoolContributions* out) {
   specialize(weight, [&]<class W>(W) {
     using Scalar = typename W::Scalar;
-    Contributions<Scalar> contributions{out->offset, static_cast<Scalar*>(out->values), 0};
-    const TileGradient tile_gradient{gradient, stride, gradient_dtype == DType::kBFloat16};
-    tile_backward<W>(weight, bounds, tile_gradient, grad_theta, contributions);
+    Contributions<Scalar> contributions{out->offset, static_cast<Scalar*>(out->values), 0, nullptr};
+    const TileGradient<Strides> tile_gradient{
+        gradient, {stride}, gradient_dtype == DType::kBFloat16};
+    tile_backward<W>(weight, rows_of(weight, bounds), bounds, tile_gradient, grad_theta,
+                     contributions);
     out->count = contributions.count;
     out->length = W::kByElement ? 1 : W::kLanes;
   });

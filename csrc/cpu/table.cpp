@@ -24,6 +24,11 @@ const Kernels& HFH_JOIN(kernels_, HFH_CAPABILITY)() {
       backward_kernel,
       contribution_bounds_kernel,
       scatter_kernel,
+      lookup_kernel,
+      lookup_backward_kernel,
+      elements_backward_kernel,
+      add_rows_kernel,
+      max_rows_kernel,
       round_to_bfloat16_kernel,
   };
   return table;
