@@ -146,6 +146,7 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, Rows rows, const
         Vector a[W::kHashesBound], grad_a[W::kHashesBound];
         for (int u = 0; u < shape.num_hashes(); ++u) {
           __builtin_prefetch(pool + next.offset[u][lane] + phase);
+          if (out.grad_pool) __builtin_prefetch(out.grad_pool + next.offset[u][lane] + phase, 1);
           a[u] = flip_sign(load_as<Vector>(pool + draws.offset[u][lane] + phase),
                            splat_uint<Uint>(draws.sign[u][lane]));
         }

@@ -27,7 +27,7 @@ void contribution_bounds_kernel(const VirtualWeight&, const cpu::TileBounds&, in
 void scatter_kernel(const cpu::PoolContributions&, DType pool_dtype, uint32_t begin, uint32_t end,
                     void* grad_pool);
 void lookup_kernel(const VirtualWeight&, const cpu::RowLookups&, int64_t col, int64_t cols,
-                   void* out);
+                   void* out, bool past_caches);
 void lookup_backward_kernel(const VirtualWeight&, const cpu::RowLookups&, int64_t col, int64_t cols,
                             const void* gradient, DType gradient_dtype, double* grad_theta,
                             cpu::PoolContributions*, void* grad_pool);

@@ -13,6 +13,17 @@ struct ListedPlaces {
   HFH_HOST_DEVICE Scalar* operator[](int64_t row) const { return out + place[row]; }
 };
 
+/// `StoreSink` that can go past the caches.
+template <class W>
+struct LookupSink : StoreSink<W, ListedPlaces<typename W::Scalar>> {
+  bool past_caches;
+
+  HFH_HOST_DEVICE void vector(int64_t row, int64_t col, typename W::Vector value) {
+    auto* target = this->out[row] + col;
+    past_caches ? stream(target, value) : store(target, value);
+  }
+};
+
 /// kVectors vectors of columns, summed in registers.
 template <class Lanes, int kVectors, class Scalar>
 HFH_HOST_DEVICE void add_vectors(int64_t count, int64_t col, const void* const* rows,
@@ -67,12 +78,16 @@ void max_rows(int64_t count, int64_t cols, const void* const* rows, const int64_
 }  // namespace
 
 void lookup_kernel(const VirtualWeight& weight, const cpu::RowLookups& lookups, int64_t col,
-                   int64_t cols, void* out) {
+                   int64_t cols, void* out, bool past_caches) {
   if (lookups.count == 0 || cols == 0) return;
   specialize(weight, [&]<class W>(W) {
-    using Places = ListedPlaces<typename W::Scalar>;
-    StoreSink<W, Places> sink{{static_cast<typename W::Scalar*>(out), lookups.place}, cols};
+    constexpr int64_t kVectorBytes = sizeof(typename W::Vector);
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 &&
+                         cols % W::kLanes == 0 && (weight.col_offset + col) % W::kLanes == 0;
+    LookupSink<W> sink{{{static_cast<typename W::Scalar*>(out), lookups.place}, cols},
+                       past_caches && aligned};
     reconstruct_tile<W>(weight, ListedRows{lookups.row}, {0, lookups.count, col, cols}, sink);
+    if (sink.past_caches) fence_streams();
   });
 }
 

@@ -97,8 +97,10 @@ struct Kernels {
   void (*scatter)(const PoolContributions&, DType pool_dtype, uint32_t begin, uint32_t end,
                   void* grad_pool);
 
-  /// Writes columns [col, col + cols) of each row looked up to `out`, from its place on.
-  void (*lookup)(const VirtualWeight&, const RowLookups&, int64_t col, int64_t cols, void* out);
+  /// Writes columns [col, col + cols) of each row looked up to `out`, from its place on. With
+  /// `past_caches` places are multiples of cols, and the pool need not make room for the result.
+  void (*lookup)(const VirtualWeight&, const RowLookups&, int64_t col, int64_t cols, void* out,
+                 bool past_caches);
   /// The gradient of `lookup`, as of `backward`: that of each row begins at its place in
   /// `gradient`. With `grad_pool` the pool's is added to that at once, and the contributions are
   /// left alone.

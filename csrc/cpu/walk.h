@@ -80,11 +80,29 @@ HFH_HOST_DEVICE Uint window_bases(Uint row, const HashParams& params) {
   return load<Uint>(lanes);
 }
 
-/// kLanes pairs of a row and one of its blocks.
+/// The blocks of listed rows, kLanes at a time. Past the last row it repeats.
 template <class W>
-struct BlockPairs {
-  alignas(64) uint32_t row[W::kLanes];
-  alignas(64) uint32_t block[W::kLanes];
+struct BlockList {
+  ListedRows rows;
+  int64_t num_rows;
+  uint32_t first_block, num_blocks;
+  int64_t row = 0;
+  uint32_t block = 0;
+  alignas(64) uint32_t row_lanes[W::kLanes];
+  alignas(64) uint32_t block_lanes[W::kLanes];
+
+  BlockList(ListedRows rows, int64_t num_rows, uint32_t first_block, uint32_t num_blocks)
+      : rows(rows), num_rows(num_rows), first_block(first_block), num_blocks(num_blocks) {}
+
+  HFH_HOST_DEVICE void take() {
+    for (int lane = 0; lane < W::kLanes; ++lane) {
+      row_lanes[lane] = rows[row];
+      block_lanes[lane] = first_block + block;
+      if (++block < num_blocks) continue;
+      block = 0;
+      if (row + 1 < num_rows) ++row;
+    }
+  }
 };
 
 /// The draws of kLanes blocks.
@@ -102,11 +120,12 @@ struct BlockDraws {
             base);
   }
 
-  /// Of any blocks; not inlined either.
+  /// Of the next of a list; not inlined either.
   __attribute__((noinline)) void compute(const typename W::Shape& shape, const HashParams& params,
-                                         const BlockPairs<W>& pairs) {
-    const Uint row = load<Uint>(pairs.row);
-    const Uint key = weight_key(row_key(row, params.seed), load<Uint>(pairs.block));
+                                         BlockList<W>& list) {
+    list.take();
+    const Uint row = load<Uint>(list.row_lanes);
+    const Uint key = weight_key(row_key(row, params.seed), load<Uint>(list.block_lanes));
     Uint base = {};
     if (params.rows_per_window != 0) base = window_bases(row, params);
     compute(shape, params, key, base);
@@ -207,30 +226,18 @@ HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::
                                  const Visit& visit, const RowDone& row_done) {
   const HashParams params = weight.hash;
   const BlockRange<W> range(weight, tile);
-  BlockPairs<W> pairs;
-  int64_t drawn_row = 0;
-  uint32_t drawn_block = 0;
+  BlockList<W> list(rows, tile.rows, range.first_block, range.num_blocks);
   Draws buffer[2];
-  const auto draw_next = [&](Draws& draws) {
-    for (int lane = 0; lane < W::kLanes; ++lane) {
-      pairs.row[lane] = rows[drawn_row];
-      pairs.block[lane] = range.first_block + drawn_block;
-      if (++drawn_block < range.num_blocks) continue;
-      // Lanes past the last row draw for it again.
-      drawn_block = 0;
-      if (drawn_row + 1 < tile.rows) ++drawn_row;
-    }
-    draws.compute(shape, params, pairs);
-    prepare(draws);
-  };
-  draw_next(buffer[0]);
+  buffer[0].compute(shape, params, list);
+  prepare(buffer[0]);
   int current = 0;
   int64_t row = 0;
   uint32_t block = 0;
   for (int64_t left = tile.rows * range.num_blocks; left > 0; left -= W::kLanes) {
     const Draws& draws = buffer[current];
     Draws& next = buffer[1 - current];
-    draw_next(next);
+    next.compute(shape, params, list);
+    prepare(next);
     const int count = left < W::kLanes ? static_cast<int>(left) : W::kLanes;
     for (int lane = 0; lane < count; ++lane) {
       const BlockPart part(range, params, range.first_block + block);

@@ -20,6 +20,9 @@ constexpr int64_t kEntriesAtOnce = 1024;
 // Weights that a thread should get to make before another is woken.
 constexpr int64_t kGrainWeights = 1 << 13;
 
+// Results of this size leave a second-level cache before anybody reads them.
+constexpr int64_t kPastCachesBytes = 4 << 20;
+
 /// Rows go straight to where they belong.
 void look_up(const Table& table, const Ranks& ranks, int64_t begin, int64_t end, char* out) {
   const int64_t cols = table.cols(), row_bytes = cols * table.element_size();
@@ -38,7 +41,8 @@ void look_up(const Table& table, const Ranks& ranks, int64_t begin, int64_t end,
         places[count++] = i * cols;
       }
     }
-    kernels().lookup(table.weight().get(), {rows, places, count}, 0, cols, out);
+    kernels().lookup(table.weight().get(), {rows, places, count}, 0, cols, out,
+                     ranks.size() * row_bytes >= kPastCachesBytes);
   }
 }
 

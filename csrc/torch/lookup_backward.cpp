@@ -47,7 +47,7 @@ class EntryTiles {
       : weight_(weight),
         num_entries_(num_entries),
         source_(source),
-        cols_(std::min(kTileCols, weight.cols())) {
+        cols_(std::clamp<int64_t>(weight.cols(), 1, kTileCols)) {
     kernels().contribution_bounds(weight.get(), {0, 1, 0, cols_}, &row_.entries, &row_.values);
     const int64_t row_bytes = row_.entries * static_cast<int64_t>(sizeof(uint32_t)) +
                               row_.values * element_size(weight.compute_dtype());

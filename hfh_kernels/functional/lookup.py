@@ -168,6 +168,10 @@ def embedding_bag(
             f"offsets must be given for an input of shape {list(input.shape)}: only a 2-d one has "
             "bags of its own"
         )
+    if mode == "max" and isinstance(scale, Tensor):
+        raise ValueError(
+            "scale must be a float where mode is 'max', which it does not commute with"
+        )
     run = _EMBEDDING_BAG[choose(backend, pool, theta)]
     factor, fixed_scale = _split_scale(scale, dense)
     output: Tensor = run(
