@@ -37,12 +37,12 @@ def measure(batch: int, dtype: torch.dtype, block: int) -> tuple[int, int]:
         output.backward(grad_output)
         return [x.grad for x in (input, *layer.parameters()) if x.grad is not None]
 
-    forward_extra, (output,) = _extra(lambda: [layer(input)])
-    backward_extra, _ = _extra(backward)
+    forward_extra, (output,) = extra(lambda: [layer(input)])
+    backward_extra, _ = extra(backward)
     return forward_extra, backward_extra
 
 
-def _extra(run: Callable[[], Iterable[Tensor]]) -> tuple[int, Iterable[Tensor]]:
+def extra(run: Callable[[], Iterable[Tensor]]) -> tuple[int, Iterable[Tensor]]:
     """What `run` takes at its peak beside the tensors that it returns."""
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not serve `run` unseen
     before = _status("VmRSS")

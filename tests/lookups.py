@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,15 @@ from torch import Tensor
 
 from hfh_kernels import HashSpec, Reconstruction, functional
 from hfh_kernels.ops.library import Weight
-from tests.samples import BFLOAT16, FLOAT32, FLOAT64, RELU_NETWORK, assert_matches, grid
+from tests.samples import (
+    BFLOAT16,
+    FLOAT32,
+    FLOAT64,
+    RELU_NETWORK,
+    Sample,
+    assert_matches,
+    grid,
+)
 
 
 class Leaves(NamedTuple):
@@ -25,11 +34,12 @@ class Leaves(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> Leaves:
         return Leaves(**{name: function(tensor) for name, tensor in self.given().items()})
 
-    def require_grad(self, *, double: bool = False) -> Leaves:
-        """Leaves of the same numbers."""
-        return self.map(
-            lambda x: (x.detach().double() if double else x.detach().clone()).requires_grad_()
-        )
+    def require_grad(self) -> Leaves:
+        """Leaves that share these tensors' memory."""
+        return self.map(lambda x: x.detach().requires_grad_())
+
+    def double(self) -> Leaves:
+        return self.map(Tensor.double)
 
     def given(self) -> dict[str, Tensor]:
         return {name: x for name, x in self._asdict().items() if x is not None}
@@ -71,10 +81,12 @@ class Lookup:
         indices %= self.num_embeddings
         return indices.view((-1,) if self.mode else self.shape).to(self.index_dtype)
 
+    @functools.cached_property
     def offsets(self) -> Tensor:
         ends = torch.tensor((0, *self.bag_sizes)).cumsum(0)
         return (ends if self.include_last_offset else ends[:-1]).to(self.index_dtype)
 
+    @functools.cached_property
     def permutation(self) -> Tensor | None:
         generator = torch.Generator().manual_seed(3)
         return torch.randperm(self.num_embeddings, generator=generator) if self.permuted else None
@@ -113,7 +125,7 @@ class Lookup:
             "col_offset": self.col_offset,
             "padding_idx": self.padding_idx,
             "dense": leaves.dense,
-            "permutation": self.permutation(),
+            "permutation": self.permutation,
             "backend": backend,
         }
 
@@ -127,7 +139,7 @@ class Lookup:
             indices,
             leaves.pool,
             leaves.theta,
-            self.offsets(),
+            self.offsets,
             mode=self.mode,
             per_sample_weights=leaves.per_sample_weights,
             include_last_offset=self.include_last_offset,
@@ -150,7 +162,7 @@ class Lookup:
         )
         if leaves.dense is not None:
             rows = torch.cat((leaves.dense, rows[self.dense_rows :]))
-        permutation = self.permutation()
+        permutation = self.permutation
         return rows if permutation is None else rows[permutation]
 
     def run_torch(self, leaves: Leaves) -> Tensor:
@@ -165,7 +177,7 @@ class Lookup:
         return torch.nn.functional.embedding_bag(
             self.indices(),
             table,
-            self.offsets(),
+            self.offsets,
             mode=self.mode,
             per_sample_weights=leaves.per_sample_weights,
             include_last_offset=self.include_last_offset,
@@ -191,7 +203,7 @@ def run(lookup: Lookup, backend: str = "cpu") -> dict[str, Tensor]:
 def assert_matches_everything(lookup: Lookup) -> None:
     """The kernels against the reference and against torch on the whole table, both in float64."""
     actual = run(lookup)
-    leaves = lookup.leaves().require_grad(double=True)
+    leaves = lookup.leaves().double().require_grad()
     expected = results(lookup.run(leaves, "reference"), leaves)
     by_torch = results(lookup.run_torch(leaves), leaves)
     given = lookup.leaves().given()
@@ -267,3 +279,32 @@ BAGS = [
     for i, lookup in enumerate(LOOKUPS)
     for mode, weighted in (("sum", False), ("sum", True), ("mean", False), ("max", False))
 ]
+
+
+def operator_calls(sample: Sample) -> dict[str, tuple[Any, ...]]:
+    """The operators' arguments for a table that is `sample`'s weight, half of it dense."""
+    rows, cols, weight = sample.out_features, sample.in_features, sample.weight
+    arguments = sample.arguments()
+    indices = torch.arange(2 * rows).view(2, rows) % max(1, rows)
+    offsets = torch.tensor([0, rows // 2, rows // 2])
+    dense = torch.randn(rows // 2, cols).to(sample.pool_dtype)
+    factors = torch.randn(2 * rows).to(sample.pool_dtype)
+    grad = torch.randn(2, rows, cols).to(sample.pool_dtype)
+    bag_grad = torch.randn(3, cols).to(sample.pool_dtype)
+    winners = torch.empty((0, cols), dtype=torch.int64)
+    table = arguments.pool, arguments.theta, dense, torch.arange(rows).flip(0)
+    leaves = [x.clone().requires_grad_() for x in table[:3]]
+    padding = min(1, rows - 1)
+    flat = indices.view(-1)
+    differentiable = *leaves, table[3]
+    return {
+        "embedding": (indices, *differentiable, rows, cols, padding, *weight),
+        "embedding_backward": (grad, indices, *table, rows, padding, *weight),
+        "embedding_bag": (
+            flat, offsets, *differentiable, factors.clone().requires_grad_(), rows, cols, "sum",
+            False, padding, *weight,
+        ),
+        "embedding_bag_backward": (
+            bag_grad, winners, flat, offsets, *table, factors, rows, "sum", False, padding, *weight,
+        ),
+    }  # fmt: skip

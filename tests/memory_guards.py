@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tests.lookups import BAGS, LOOKUPS, results
 from tests.samples import SAMPLES, run
 from tests.sweep import SWEEP
 
@@ -41,6 +42,11 @@ def run_all(guard: Callable[[Tensor], Tensor]) -> None:
         arguments = sample.arguments().map(lambda x: guard(x) if x.numel() else x)
         run(sample, arguments)
         sample.materialize(arguments)
+    for lookup in [*LOOKUPS, *BAGS]:
+        leaves = lookup.leaves().map(lambda x: guard(x) if x.numel() else x).require_grad()
+        indices = lookup.indices()
+        output = lookup.run(leaves, "cpu", guard(indices) if indices.numel() else indices)
+        results(output, leaves)
 
 
 def overrun() -> None:

@@ -168,6 +168,8 @@ def embedding_bag(
             f"offsets must be given for an input of shape {list(input.shape)}: only a 2-d one has "
             "bags of its own"
         )
+    elif input.dim() != 1:
+        raise ValueError(f"input must be 1-d or 2-d, received shape {list(input.shape)}")
     if mode == "max" and isinstance(scale, Tensor):
         raise ValueError(
             "scale must be a float where mode is 'max', which it does not commute with"
