@@ -21,6 +21,7 @@ test: $(BUILT)
 bench: $(BUILT)
 	$(BIN)/python -m pytest bench
 	$(BIN)/python -m bench.linear
+	$(BIN)/python -m bench.embedding
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(PYTHON_FILES)

@@ -24,7 +24,6 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 TESTS = [
     "tests/test_embedding.py::test_lookups",
-    "tests/test_embedding.py::test_random_lookups",
     "tests/test_embedding.py::test_a_result_larger_than_the_caches",
     "tests/test_embedding_bag.py::test_bags",
     "tests/test_linear.py::test_samples",

@@ -76,7 +76,7 @@ def random_lookups(draw: st.DrawFn) -> Lookup:
 
 
 @needs_extension
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(deadline=None, derandomize=True, max_examples=20)
 @given(random_lookups())
 def test_random_lookups(lookup: Lookup) -> None:
     assert_matches_everything(lookup)
