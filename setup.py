@@ -30,9 +30,11 @@ TORCH_SOURCES = [
     "csrc/torch/gemm.cpp",
     "csrc/torch/lookup.cpp",
     "csrc/torch/lookup_backward.cpp",
+    "csrc/torch/matrix_unit.cpp",
     "csrc/torch/module.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/panels.cpp",
+    "csrc/torch/slot_products.cpp",
     "csrc/torch/weight.cpp",
     "csrc/torch/weight_backward.cpp",
     "csrc/cpu/capability.cpp",
@@ -47,6 +49,8 @@ KERNEL_SOURCES = [
     "csrc/cpu/slots.cpp",
     "csrc/cpu/table.cpp",
 ]
+# Capabilities that only add something to the one before.
+ADDED_SOURCES = {"avx512_amx": ["csrc/cpu/matrix_unit.cpp"]}
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-mfma", "-mprefer-vector-width=512"]
@@ -54,6 +58,7 @@ X86_CAPABILITIES = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 COMMON_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden"]
 KERNEL_FLAGS = [*COMMON_FLAGS, "-fPIC", "-ffp-contract=fast", "-fno-math-errno"]
@@ -129,7 +134,7 @@ def compile_kernels(
     common = KERNEL_FLAGS + (GCC_UNROLL_FLAGS if accepts(compiler, GCC_UNROLL_FLAGS) else [])
     objects = []
     for capability, flags in capabilities.items():
-        for source in KERNEL_SOURCES:
+        for source in ADDED_SOURCES.get(capability, KERNEL_SOURCES):
             target = folder / capability / Path(source).with_suffix(".o").name
             every_flag = [*common, *flags, "-Icsrc", f"-DHFH_CAPABILITY={capability}"]
             rules += [

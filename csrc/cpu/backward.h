@@ -4,22 +4,21 @@
 
 HFH_NAMESPACE_BEGIN
 
-/// Contributions of one tile to the pool's gradient, in a fixed order; `cpu::PoolContributions` is
-/// its untyped form. Scattering is a later step, so that threads which own disjoint stretches of
-/// the pool can do it without races and in one order. A thread with a gradient of its own adds to
-/// `grad_pool` at once, and lists nothing.
+/// Where the pool's gradient goes, `cpu::PoolContributions` with a type: added at once to `sum`
+/// where that is the thread's own; else listed in a fixed order, so that threads which own disjoint
+/// stretches of the pool can add it up without races and in one order.
 template <class Scalar>
 struct Contributions {
+  Scalar* sum;  // or null
   uint32_t* offset;
   Scalar* values;
   int64_t count;
-  Scalar* grad_pool;
 
   /// A vector of neighbouring elements.
   template <class Vector>
   HFH_HOST_DEVICE void add_vector(uint32_t first, Vector value) {
-    if (grad_pool != nullptr) {
-      store(grad_pool + first, load<Vector>(grad_pool + first) + value);
+    if (sum != nullptr) {
+      store(sum + first, load<Vector>(sum + first) + value);
     } else {
       constexpr int kLanes = sizeof(Vector) / sizeof(Scalar);
       store(values + count * kLanes, value);
@@ -30,12 +29,12 @@ struct Contributions {
   template <class Uint, class Vector>
   HFH_HOST_DEVICE void add_elements(Uint offsets, Vector value) {
     constexpr int kLanes = sizeof(Vector) / sizeof(Scalar);
-    if (grad_pool != nullptr) {
+    if (sum != nullptr) {
       uint32_t target[kLanes];
       Scalar lanes[kLanes];
       store(target, offsets);
       store(lanes, value);
-      for (int i = 0; i < kLanes; ++i) grad_pool[target[i]] += lanes[i];
+      for (int i = 0; i < kLanes; ++i) sum[target[i]] += lanes[i];
     } else {
       store(offset + count, offsets);
       store(values + count, value);
@@ -43,6 +42,11 @@ struct Contributions {
     }
   }
 };
+
+template <class Scalar>
+HFH_HOST_DEVICE Contributions<Scalar> contributions_to(const cpu::PoolContributions& out) {
+  return {static_cast<Scalar*>(out.sum), out.offset, static_cast<Scalar*>(out.values), 0};
+}
 
 /// The gradient of a tile, float or bfloat16 for float kernels, double for double ones. `Rows`
 /// tells where each row of it begins, counting in elements of `data`.
@@ -76,8 +80,8 @@ struct Strides {
   HFH_HOST_DEVICE int64_t operator[](int64_t row) const { return row * stride; }
 };
 
-/// Adds the tile's gradient to g's parameters (`grad_theta`, double) and lists what it adds to the
-/// pool. Row i of the tile is `rows[i]` of the weight.
+/// Adds the tile's gradient to that of g's parameters (`grad_theta`, double) and of the pool. Row i
+/// of the tile is `rows[i]` of the weight.
 template <class W, class Rows, class Gradient>
 HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, Rows rows, const Tile& tile,
                                    const Gradient& gradient, double* grad_theta,
@@ -146,7 +150,7 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, Rows rows, const
         Vector a[W::kHashesBound], grad_a[W::kHashesBound];
         for (int u = 0; u < shape.num_hashes(); ++u) {
           __builtin_prefetch(pool + next.offset[u][lane] + phase);
-          if (out.grad_pool) __builtin_prefetch(out.grad_pool + next.offset[u][lane] + phase, 1);
+          if (out.sum != nullptr) __builtin_prefetch(out.sum + next.offset[u][lane] + phase, 1);
           a[u] = flip_sign(load_as<Vector>(pool + draws.offset[u][lane] + phase),
                            splat_uint<Uint>(draws.sign[u][lane]));
         }

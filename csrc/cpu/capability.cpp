@@ -3,6 +3,11 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace hfh::cpu {
@@ -18,7 +23,35 @@ const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_bf16();
 #endif
 
+#ifdef HFH_HAS_AVX512_AMX
+const MatrixUnit& amx();
+#endif
+
 namespace {
+
+#ifdef HFH_HAS_AVX512_AMX
+/// The system must grant a process the use of the tile registers.
+bool machine_has_amx() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of a component
+  return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("avx512bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+const Kernels& kernels_avx512_amx() {
+  static const Kernels table = [] {
+    Kernels kernels = kernels_avx512_bf16();
+    kernels.capability = "avx512_amx";
+    kernels.matrix_unit = &amx();
+    return kernels;
+  }();
+  return table;
+}
+#endif
 
 struct Capability {
   const char* name;
@@ -45,6 +78,9 @@ const Capability kCapabilities[] = {
     {"avx512_bf16",
      [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bf16"); },
      kernels_avx512_bf16},
+#endif
+#ifdef HFH_HAS_AVX512_AMX
+    {"avx512_amx", machine_has_amx, kernels_avx512_amx},
 #endif
 };
 

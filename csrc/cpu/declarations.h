@@ -7,7 +7,8 @@
 
 HFH_NAMESPACE_BEGIN
 
-void reconstruct_kernel(const VirtualWeight&, const cpu::TileBounds&, void* out, int64_t stride);
+void reconstruct_kernel(const VirtualWeight&, const cpu::TileBounds&, void* out, int64_t stride,
+                        cpu::Meanwhile meanwhile = {});
 void linear_kernel(const VirtualWeight&, const cpu::LinearBatch&, int64_t row_begin,
                    int64_t row_end, float* scratch);
 size_t linear_scratch_kernel();
@@ -19,6 +20,13 @@ void slot_products_kernel(const VirtualWeight&, const cpu::SlotProducts&, const 
 size_t slot_products_scratch_kernel(int64_t num_products);
 void add_slot_products_kernel(const VirtualWeight&, const cpu::SlotProducts&,
                               const cpu::LinearBatch&, int64_t row_begin, int64_t row_end);
+void turn_inputs_kernel(const float* input, int64_t stride, int64_t batch, int64_t cols,
+                        float* turned);
+void batch_slot_products_kernel(const VirtualWeight&, const cpu::BatchSlotProducts&,
+                                const float* inputs, int64_t slot_begin, int64_t slot_end);
+void add_batch_slot_products_kernel(const VirtualWeight&, const cpu::BatchSlotProducts&,
+                                    float* output, int64_t stride, int64_t batch, int64_t row_begin,
+                                    int64_t row_end);
 void backward_kernel(const VirtualWeight&, const cpu::TileBounds&, const void* gradient,
                      DType gradient_dtype, int64_t stride, double* grad_theta,
                      cpu::PoolContributions*);
@@ -30,9 +38,9 @@ void lookup_kernel(const VirtualWeight&, const cpu::RowLookups&, int64_t col, in
                    void* out, bool past_caches);
 void lookup_backward_kernel(const VirtualWeight&, const cpu::RowLookups&, int64_t col, int64_t cols,
                             const void* gradient, DType gradient_dtype, double* grad_theta,
-                            cpu::PoolContributions*, void* grad_pool);
+                            cpu::PoolContributions*);
 void elements_backward_kernel(const VirtualWeight&, const cpu::ElementGradients&,
-                              double* grad_theta, cpu::PoolContributions*, void* grad_pool);
+                              double* grad_theta, cpu::PoolContributions*);
 void add_rows_kernel(DType, int64_t count, int64_t cols, const void* const* rows,
                      const void* factor, void* sum);
 void max_rows_kernel(DType, int64_t count, int64_t cols, const void* const* rows, const int64_t* id,

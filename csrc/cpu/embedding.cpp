@@ -18,6 +18,7 @@ template <class W>
 struct LookupSink : StoreSink<W, ListedPlaces<typename W::Scalar>> {
   bool past_caches;
 
+  HFH_HOST_DEVICE void begin_block() {}
   HFH_HOST_DEVICE void vector(int64_t row, int64_t col, typename W::Vector value) {
     auto* target = this->out[row] + col;
     past_caches ? stream(target, value) : store(target, value);

@@ -26,7 +26,8 @@ struct SignedDraws : BlockDraws<W> {
 
 /// Reconstructs the tile and hands it to `sink` a vector at a time: `sink.vector(row, col, value)`,
 /// or `sink.edge` where the vector may reach outside the tile, then `sink.row_done(row)`. `col` is
-/// relative to the tile; row i of the tile is `rows[i]` of the weight.
+/// relative to the tile; row i of the tile is `rows[i]` of the weight. `sink.begin_block()` comes
+/// before each draw.
 template <class W, class Rows, class Sink>
 HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, const Tile& tile,
                                       Sink& sink) {
@@ -36,6 +37,7 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, co
   const auto row_done = [&](int64_t row) { sink.row_done(row); };
   if constexpr (W::kByElement) {
     const auto visit = [&](int64_t row, int64_t col, const ElementDraws<W>& draws) {
+      sink.begin_block();
       const auto first = [&](int i) { return theta.values[i]; };
       const Vector value = reconstruct<Vector>(shape, first, theta.values, draws.a);
       if (is_inside<W>(col, tile.cols)) {
@@ -51,6 +53,7 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, co
     const auto prepare = [&](Draws& draws) { draws.fold_signs(shape, theta.values); };
     const auto visit = [&](int64_t row, int64_t col, const Draws& draws, const Draws& next,
                            int lane, uint32_t phase, uint32_t stop) {
+      sink.begin_block();
       constexpr bool kInRegisters = W::kFirstBound <= 16;
       Vector signed_first[kInRegisters ? W::kFirstBound : 1];
       if constexpr (kInRegisters) {
@@ -107,7 +110,9 @@ template <class W, class Out = StridedRows<typename W::Scalar>>
 struct StoreSink {
   Out out;
   int64_t cols;
+  cpu::Meanwhile meanwhile = {};
 
+  HFH_HOST_DEVICE void begin_block() { meanwhile(); }
   HFH_HOST_DEVICE void vector(int64_t row, int64_t col, typename W::Vector value) {
     store(out[row] + col, value);
   }
@@ -130,6 +135,7 @@ struct DotSink {
   int64_t cols;
   Vector sum = {};
 
+  HFH_HOST_DEVICE void begin_block() {}
   HFH_HOST_DEVICE void vector(int64_t, int64_t col, Vector value) {
     sum += value * load<Vector>(input + col);
   }

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/matrix_unit.h"
 #include "hfh/params.h"
 
 // The kernels of one instruction set, as a table of functions: the only thing the rest of the
@@ -24,6 +25,17 @@ struct LinearBatch {
   int64_t batch, in_features, out_features;
 };
 
+/// Starts outputs [row_begin, row_end) of inputs [first, first + count) at the bias.
+inline void set_bias(const LinearBatch& args, int64_t first, int64_t count, int64_t row_begin,
+                     int64_t row_end) {
+  for (int64_t m = first; m < first + count; ++m) {
+    float* out = args.output + m * args.out_features;
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      out[row] = args.bias != nullptr ? args.bias[row] : 0.0f;
+    }
+  }
+}
+
 /// Products of every slot of the pool with `num_blocks` blocks of columns of every input:
 /// values[(input * num_blocks + block - first_block) * stride + slot].
 struct SlotProducts {
@@ -31,9 +43,18 @@ struct SlotProducts {
   int64_t stride, first_block, num_blocks;
 };
 
-/// What a tile adds to the pool's gradient: entry i adds `length` values to the pool from
-/// offset[i] on.
+/// The same for kInputs inputs at once, which lie side by side:
+/// values[((block - first_block) * num_slots + slot) * kInputs + input].
+struct BatchSlotProducts {
+  static constexpr int kInputs = 32;
+  float* values;
+  int64_t num_slots, first_block, num_blocks;
+};
+
+/// What a tile adds to the pool's gradient: at once, to `sum`; or, where `sum` is null, as a list,
+/// whose entry i adds `length` values to the pool from offset[i] on.
 struct PoolContributions {
+  void* sum;
   uint32_t* offset;
   void* values;
   int64_t count;
@@ -60,8 +81,10 @@ struct Kernels {
   const char* capability;
   int lanes;
 
-  /// Writes the tile to `out`, row-major, `stride` elements from row to row.
-  void (*reconstruct)(const VirtualWeight&, const TileBounds&, void* out, int64_t stride);
+  /// Writes the tile to `out`, row-major, `stride` elements from row to row. `meanwhile` is called
+  /// once for each block of a row, or for each vector where blocks are shorter.
+  void (*reconstruct)(const VirtualWeight&, const TileBounds&, void* out, int64_t stride,
+                      Meanwhile meanwhile);
 
   /// output = input V^T + bias, for output features [row_begin, row_end).
   void (*linear)(const VirtualWeight&, const LinearBatch&, int64_t row_begin, int64_t row_end,
@@ -85,8 +108,19 @@ struct Kernels {
   void (*add_slot_products)(const VirtualWeight&, const SlotProducts&, const LinearBatch&,
                             int64_t row_begin, int64_t row_end);
 
+  /// The same for up to BatchSlotProducts::kInputs inputs, which `turn_inputs` lays side by side,
+  /// zero where there are fewer: turned[col * kInputs + input]. `inputs` are those of its blocks;
+  /// cols is a multiple of the block.
+  void (*turn_inputs)(const float* input, int64_t stride, int64_t batch, int64_t cols,
+                      float* turned);
+  void (*batch_slot_products)(const VirtualWeight&, const BatchSlotProducts&, const float* inputs,
+                              int64_t slot_begin, int64_t slot_end);
+  void (*add_batch_slot_products)(const VirtualWeight&, const BatchSlotProducts&, float* output,
+                                  int64_t stride, int64_t batch, int64_t row_begin,
+                                  int64_t row_end);
+
   /// Given the tile's gradient (`gradient_dtype`, row-major with `stride`), adds to that of g's
-  /// parameters and lists the pool's. `contribution_bounds` says how much that can be.
+  /// parameters and to the pool's, or lists that: `contribution_bounds` says how much it can be.
   void (*backward)(const VirtualWeight&, const TileBounds&, const void* gradient,
                    DType gradient_dtype, int64_t stride, double* grad_theta, PoolContributions*);
   /// Bounds of the entries of a tile and of their values.
@@ -102,14 +136,13 @@ struct Kernels {
   void (*lookup)(const VirtualWeight&, const RowLookups&, int64_t col, int64_t cols, void* out,
                  bool past_caches);
   /// The gradient of `lookup`, as of `backward`: that of each row begins at its place in
-  /// `gradient`. With `grad_pool` the pool's is added to that at once, and the contributions are
-  /// left alone.
+  /// `gradient`.
   void (*lookup_backward)(const VirtualWeight&, const RowLookups&, int64_t col, int64_t cols,
                           const void* gradient, DType gradient_dtype, double* grad_theta,
-                          PoolContributions*, void* grad_pool);
+                          PoolContributions*);
   /// The same for single elements, each of which lists num_hashes entries of one value.
   void (*elements_backward)(const VirtualWeight&, const ElementGradients&, double* grad_theta,
-                            PoolContributions*, void* grad_pool);
+                            PoolContributions*);
   /// sum[c] += sum_i factor[i] * rows[i][c] over all columns; without `factor`, 1. All float, or
   /// all double.
   void (*add_rows)(DType, int64_t count, int64_t cols, const void* const* rows, const void* factor,
@@ -120,6 +153,9 @@ struct Kernels {
                    void* best, int64_t* winner);
 
   void (*round_to_bfloat16)(const float* source, BFloat16* target, int64_t count);
+
+  /// Null where there is none.
+  const MatrixUnit* matrix_unit;
 };
 
 /// The kernels of the best instruction set that was built, that this machine has and that

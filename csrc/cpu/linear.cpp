@@ -60,11 +60,7 @@ void panel_rows(const VirtualWeight& weight, const cpu::LinearBatch& args, int64
     const int64_t count = args.batch - first < kBatchAtOnce ? args.batch - first : kBatchAtOnce;
     const float* input = args.input + first * args.in_features;
     float* output = args.output + first * args.out_features;
-    for (int64_t m = 0; m < count; ++m) {
-      for (int64_t row = row_begin; row < row_end; ++row) {
-        output[m * args.out_features + row] = args.bias != nullptr ? args.bias[row] : 0.0f;
-      }
-    }
+    cpu::set_bias(args, first, count, row_begin, row_end);
     for (int64_t col = 0; col < args.in_features; col += kDepth) {
       const int64_t cols = args.in_features - col < kDepth ? args.in_features - col : kDepth;
       for (int64_t m = 0; m < count; ++m) {

@@ -5,10 +5,10 @@
 HFH_NAMESPACE_BEGIN
 
 void reconstruct_kernel(const VirtualWeight& weight, const cpu::TileBounds& bounds, void* out,
-                        int64_t stride) {
+                        int64_t stride, cpu::Meanwhile meanwhile) {
   if (bounds.rows == 0 || bounds.cols == 0) return;
   specialize(weight, [&]<class W>(W) {
-    StoreSink<W> sink{{static_cast<typename W::Scalar*>(out), stride}, bounds.cols};
+    StoreSink<W> sink{{static_cast<typename W::Scalar*>(out), stride}, bounds.cols, meanwhile};
     reconstruct_tile<W>(weight, bounds, sink);
   });
 }

@@ -30,6 +30,44 @@ void transpose_slots(const Pool* pool, int64_t block, int64_t slots, float* rows
   }
 }
 
+constexpr int kBatchLanes = cpu::BatchSlotProducts::kInputs;
+constexpr int kBatchVectors = kBatchLanes / kFloatLanes;
+
+/// values[s][m] = <slot s, column m of inputs>, for kRows slots.
+template <int kRows, class Pool>
+HFH_HOST_DEVICE void multiply_some_slots(const Pool* pool, int64_t block, const float* inputs,
+                                         float* values) {
+  FloatVector sum[kRows][kBatchVectors] = {};
+  for (int64_t k = 0; k < block; ++k) {
+    FloatVector column[kBatchVectors];
+    for (int v = 0; v < kBatchVectors; ++v) {
+      column[v] = load<FloatVector>(inputs + k * kBatchLanes + v * kFloatLanes);
+    }
+    for (int s = 0; s < kRows; ++s) {
+      const FloatVector element = splat<FloatVector>(to_float(pool[s * block + k]));
+      for (int v = 0; v < kBatchVectors; ++v) sum[s][v] += element * column[v];
+    }
+  }
+  for (int s = 0; s < kRows; ++s) {
+    for (int v = 0; v < kBatchVectors; ++v) {
+      store(values + s * kBatchLanes + v * kFloatLanes, sum[s][v]);
+    }
+  }
+}
+
+template <class Pool>
+void multiply_slots(const Pool* pool, int64_t block, int64_t slots, const float* inputs,
+                    float* values) {
+  constexpr int kSlots = kBatchVectors == 2 ? kTileRows : kTileRows / 2;
+  int64_t s = 0;
+  for (; s + kSlots <= slots; s += kSlots) {
+    multiply_some_slots<kSlots>(pool + s * block, block, inputs, values + s * kBatchLanes);
+  }
+  for (; s < slots; ++s) {
+    multiply_some_slots<1>(pool + s * block, block, inputs, values + s * kBatchLanes);
+  }
+}
+
 }  // namespace
 
 bool has_slot_products_kernel(const VirtualWeight& weight) {
@@ -112,6 +150,88 @@ void add_slot_products_kernel(const VirtualWeight& weight, const cpu::SlotProduc
           } else {
             for (int64_t r = 0; r < group_rows - i; ++r) out[r] += sum[r];
           }
+        }
+      }
+    }
+  }
+}
+
+void batch_slot_products_kernel(const VirtualWeight& weight, const cpu::BatchSlotProducts& products,
+                                const float* inputs, int64_t slot_begin, int64_t slot_end) {
+  const int64_t block = weight.hash.block();
+  for (int64_t b = 0; b < products.num_blocks; ++b) {
+    const float* columns = inputs + b * block * kBatchLanes;
+    float* values = products.values + (b * products.num_slots + slot_begin) * kBatchLanes;
+    if (weight.pool_dtype == DType::kBFloat16) {
+      multiply_slots(static_cast<const BFloat16*>(weight.pool) + slot_begin * block, block,
+                     slot_end - slot_begin, columns, values);
+    } else {
+      multiply_slots(static_cast<const float*>(weight.pool) + slot_begin * block, block,
+                     slot_end - slot_begin, columns, values);
+    }
+  }
+}
+
+void turn_inputs_kernel(const float* input, int64_t stride, int64_t batch, int64_t cols,
+                        float* turned) {
+  for (int64_t k = 0; k < cols; k += kFloatLanes) {
+    for (int64_t m = 0; m < kBatchLanes; m += kFloatLanes) {
+      float rows[kFloatLanes][kFloatLanes] = {};
+      for (int64_t i = 0; i < kFloatLanes && m + i < batch; ++i) {
+        store(rows[i], load<FloatVector>(input + (m + i) * stride + k));
+      }
+      transpose_square(rows[0], kFloatLanes, turned + k * kBatchLanes + m, kBatchLanes);
+    }
+  }
+}
+
+void add_batch_slot_products_kernel(const VirtualWeight& weight,
+                                    const cpu::BatchSlotProducts& products, float* output,
+                                    int64_t stride, int64_t batch, int64_t row_begin,
+                                    int64_t row_end) {
+  const HashParams params = weight.hash;
+  const auto* theta = static_cast<const float*>(weight.theta);
+  const uint32_t first_block =
+      (weight.col_offset >> params.log2_block) + static_cast<uint32_t>(products.first_block);
+  for (int64_t row = row_begin; row < row_end; row += kFloatLanes) {
+    const int64_t rows = row_end - row < kFloatLanes ? row_end - row : kFloatLanes;
+    // Rows past the last have keys too; what they add up is dropped below.
+    uint32_t keys[kFloatLanes], bases[kFloatLanes];
+    for (int i = 0; i < kFloatLanes; ++i) {
+      const uint32_t logical_row = weight.row_offset + static_cast<uint32_t>(row + i);
+      keys[i] = row_key(logical_row, params.seed);
+      bases[i] = window_base(logical_row, params);
+    }
+    float sums[kBatchVectors][kFloatLanes][kFloatLanes] = {};
+    for (int64_t b = 0; b < products.num_blocks; ++b) {
+      const UintVector key = weight_key(
+          load<UintVector>(keys), splat_uint<UintVector>(first_block + static_cast<uint32_t>(b)));
+      const float* values = products.values + b * products.num_slots * kBatchLanes;
+      for (int u = 0; u < params.num_hashes; ++u) {
+        const Draw<UintVector> one = draw(key, hash_lane(u), load<UintVector>(bases), params);
+        uint32_t slots[kFloatLanes];
+        float factors[kFloatLanes];
+        store(slots, one.slot);
+        store(factors, flip_sign(splat<FloatVector>(theta[u]), one.sign));
+        for (int i = 0; i < kFloatLanes; ++i) {
+          const float* product = values + int64_t{slots[i]} * kBatchLanes;
+          for (int v = 0; v < kBatchVectors; ++v) {
+            const FloatVector sum = load<FloatVector>(sums[v][i]) +
+                                    factors[i] * load<FloatVector>(product + v * kFloatLanes);
+            store(sums[v][i], sum);
+          }
+        }
+      }
+    }
+    for (int v = 0; v < kBatchVectors; ++v) {
+      float turned[kFloatLanes][kFloatLanes];
+      transpose_square(sums[v][0], kFloatLanes, turned[0], kFloatLanes);
+      for (int64_t i = 0; i < kFloatLanes && v * kFloatLanes + i < batch; ++i) {
+        float* out = output + (v * kFloatLanes + i) * stride + row;
+        if (rows == kFloatLanes) {
+          store(out, load<FloatVector>(out) + load<FloatVector>(turned[i]));
+        } else {
+          for (int64_t r = 0; r < rows; ++r) out[r] += turned[i][r];
         }
       }
     }

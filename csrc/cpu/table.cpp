@@ -21,6 +21,9 @@ const Kernels& HFH_JOIN(kernels_, HFH_CAPABILITY)() {
       slot_products_kernel,
       slot_products_scratch_kernel,
       add_slot_products_kernel,
+      turn_inputs_kernel,
+      batch_slot_products_kernel,
+      add_batch_slot_products_kernel,
       backward_kernel,
       contribution_bounds_kernel,
       scatter_kernel,
@@ -30,6 +33,7 @@ const Kernels& HFH_JOIN(kernels_, HFH_CAPABILITY)() {
       add_rows_kernel,
       max_rows_kernel,
       round_to_bfloat16_kernel,
+      nullptr,
   };
   return table;
 }

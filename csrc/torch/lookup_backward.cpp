@@ -58,7 +58,7 @@ class EntryTiles {
   int64_t count() const { return across_ * ((num_entries_ + entries_ - 1) / entries_); }
   ListBounds bounds() const { return {entries_ * row_.entries, entries_ * row_.values}; }
 
-  void run(int64_t index, Work& work, void* grad_pool) const {
+  void run(int64_t index, Work& work) const {
     const int64_t begin = index / across_ * entries_, col = index % across_ * cols_;
     const int64_t end = std::min(num_entries_, begin + entries_);
     const int64_t cols = std::min(cols_, weight_.cols() - col);
@@ -69,7 +69,7 @@ class EntryTiles {
     source_(begin, end, col, cols, rows);
     kernels().lookup_backward(weight_.get(), {rows.row.data(), rows.place.data(), rows.count}, col,
                               cols, rows.data, rows.dtype, work.grad_theta.data(),
-                              &work.contributions, grad_pool);
+                              &work.contributions);
   }
 
  private:
@@ -97,7 +97,7 @@ class ElementTiles {
     return {entries, entries};
   }
 
-  void run(int64_t index, Work& work, void* grad_pool) const {
+  void run(int64_t index, Work& work) const {
     work.element_row.resize(kTileElements);
     work.element_col.resize(kTileElements);
     work.element_grad.resize(kTileElements);
@@ -112,7 +112,7 @@ class ElementTiles {
     }
     kernels().elements_backward(table_.weight().get(),
                                 {work.element_row.data(), work.element_col.data(), grad, count},
-                                work.grad_theta.data(), &work.contributions, grad_pool);
+                                work.grad_theta.data(), &work.contributions);
   }
 
  private:
@@ -128,8 +128,8 @@ Work make_work(const CheckedWeight& weight, ListBounds bounds, bool lists) {
   if (!lists) return work;
   work.offsets = at::empty({bounds.entries}, at::dtype(at::kInt));
   work.values = at::empty({bounds.values}, at::dtype(weight.compute_dtype()));
-  work.contributions = {reinterpret_cast<uint32_t*>(work.offsets.mutable_data_ptr<int>()),
-                        work.values.mutable_data_ptr(), 0, 0};
+  work.contributions.offset = reinterpret_cast<uint32_t*>(work.offsets.mutable_data_ptr<int>());
+  work.contributions.values = work.values.mutable_data_ptr();
   return work;
 }
 
@@ -145,14 +145,14 @@ void backward_by_replicas(const CheckedWeight& weight, const Tiles& tiles, int64
   for (int64_t i = 0; i < threads; ++i) {
     if (i > 0) replicas.push_back(at::empty_like(result.pool));
     work.push_back(make_work(weight, tiles.bounds(), false));
+    work.back().contributions.sum = replicas.back().mutable_data_ptr();
   }
   const int64_t share = (tiles.count() + threads - 1) / threads;
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      void* replica = replicas[i].mutable_data_ptr();
-      std::memset(replica, 0, replicas[i].nbytes());
+      std::memset(work[i].contributions.sum, 0, replicas[i].nbytes());
       for (int64_t t = i * share; t < std::min(tiles.count(), (i + 1) * share); ++t) {
-        tiles.run(t, work[i], replica);
+        tiles.run(t, work[i]);
       }
     }
   });
@@ -175,7 +175,7 @@ void backward_by_rounds(const CheckedWeight& weight, const Tiles& tiles, int64_t
   for (int64_t first = 0; first < tiles.count(); first += threads) {
     const int64_t count = std::min(threads, tiles.count() - first);
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) tiles.run(first + i, round[i], nullptr);
+      for (int64_t i = begin; i < end; ++i) tiles.run(first + i, round[i]);
     });
     parallel_stretches(pool_size, stretch, [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i) {

@@ -5,7 +5,9 @@
 #include <algorithm>
 
 #include "torch/gemm.h"
+#include "torch/matrix_unit.h"
 #include "torch/parallel.h"
+#include "torch/slot_products.h"
 
 namespace hfh::torch_ops {
 
@@ -23,12 +25,6 @@ constexpr int64_t kPanelBytes = 1 << 19;
 constexpr int64_t kPanelRows = 128;
 constexpr int64_t kMinPanelRows = 16;
 constexpr int64_t kPanelCols = 512;
-// Beyond this batch the products of one block leave the first-level cache, and gathering them costs
-// more than it saves.
-constexpr int64_t kMaxSlotProductBatch = 32;
-// Slot products held at once, and the blocks of inputs that they are taken of.
-constexpr int64_t kSlotProducts = 1 << 19;
-constexpr int64_t kSlotProductInputs = 1 << 10;
 // Weights that a thread should get to make before another is woken.
 constexpr int64_t kGrainWeights = 1 << 14;
 
@@ -41,13 +37,13 @@ int64_t share_of_thread(int64_t cols) {
 /// Writes a tile of the virtual weight as `dtype`; float tiles pass through `float_rows`.
 void write_tile(const CheckedWeight& weight, const TileBounds& tile, void* out, int64_t stride,
                 at::ScalarType dtype, float* float_rows) {
-  if (dtype != at::kBFloat16) return kernels().reconstruct(weight.get(), tile, out, stride);
+  if (dtype != at::kBFloat16) return kernels().reconstruct(weight.get(), tile, out, stride, {});
   auto* rounded = static_cast<BFloat16*>(out);
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int64_t col = 0; col < tile.cols; col += kPanelCols) {
       const int64_t cols = std::min(kPanelCols, tile.cols - col);
       kernels().reconstruct(weight.get(), {tile.row + row, 1, tile.col + col, cols}, float_rows,
-                            cols);
+                            cols, {});
       kernels().round_to_bfloat16(float_rows, rounded + row * stride + col, cols);
     }
   }
@@ -71,54 +67,6 @@ float* linear_scratch() {
       Scratch<Purpose::kPanels>::get(kernels().linear_scratch() * sizeof(float)));
 }
 
-/// Whether adding up slot products takes fewer vector operations than making the weights. Counts,
-/// checked against measurements at 4096 x 4096: a draw about 14 operations for a vector of rows, a
-/// gathered product 30; a weight about 5 and one for each hash and input, and 8 more to turn it
-/// round for several inputs.
-bool prefers_slot_products(const VirtualWeight& weight, const cpu::LinearBatch& args) {
-  if (args.batch > kMaxSlotProductBatch || args.batch * weight.hash.num_slots > kSlotProducts ||
-      args.in_features % weight.hash.block() != 0 || !kernels().has_slot_products(weight)) {
-    return false;
-  }
-  const double block = weight.hash.block(), hashes = weight.hash.num_hashes;
-  const double pool_size = weight.hash.num_slots * block;
-  const double rows = args.out_features, cols = args.in_features, batch = args.batch;
-  const double products = batch * pool_size * cols / block;
-  const double draws = rows * cols / block * hashes * (14 + 30 * batch);
-  const double weights = rows * cols * (5 + hashes + batch + (batch > 1 ? 8 : 0));
-  return products + draws < weights;
-}
-
-void forward_by_slot_products(const VirtualWeight& weight, const cpu::LinearBatch& args) {
-  const int64_t block = weight.hash.block(), num_slots = weight.hash.num_slots;
-  const int64_t num_blocks = args.in_features / block;
-  const int64_t blocks_at_once = std::min(
-      {kSlotProducts / (num_slots * args.batch), kSlotProductInputs / args.batch, num_blocks});
-  auto* values = static_cast<float*>(Scratch<Purpose::kSlotProducts>::get(
-      args.batch * blocks_at_once * num_slots * sizeof(float)));
-  for (int64_t m = 0; m < args.batch; ++m) {
-    float* out = args.output + m * args.out_features;
-    for (int64_t row = 0; row < args.out_features; ++row) {
-      out[row] = args.bias != nullptr ? args.bias[row] : 0.0f;
-    }
-  }
-  const int64_t threads = at::get_num_threads();
-  const int64_t slots_at_once = round_up((num_slots + threads - 1) / threads, 64);
-  const int64_t rows_at_once = round_up((args.out_features + threads - 1) / threads, 256);
-  for (int64_t first = 0; first < num_blocks; first += blocks_at_once) {
-    const cpu::SlotProducts products{values, num_slots, first,
-                                     std::min(blocks_at_once, num_blocks - first)};
-    parallel_stretches(num_slots, slots_at_once, [&](int64_t begin, int64_t end) {
-      const size_t floats = kernels().slot_products_scratch(args.batch * products.num_blocks);
-      auto* scratch = static_cast<float*>(Scratch<Purpose::kPanels>::get(floats * sizeof(float)));
-      kernels().slot_products(weight, products, args, begin, end, scratch);
-    });
-    parallel_stretches(args.out_features, rows_at_once, [&](int64_t begin, int64_t end) {
-      kernels().add_slot_products(weight, products, args, begin, end);
-    });
-  }
-}
-
 /// `out`, or a float32 tensor to be copied into it.
 at::Tensor float_output(const at::Tensor& out) {
   return out.scalar_type() == at::kFloat ? out : at::empty(out.sizes(), at::dtype(at::kFloat));
@@ -136,9 +84,7 @@ void fused_forward(const CheckedWeight& weight, const at::Tensor& input, const a
                                input.size(0),
                                weight.cols(),
                                weight.rows()};
-  if (prefers_slot_products(weight.get(), batch)) {
-    forward_by_slot_products(weight.get(), batch);
-  } else {
+  if (!slot_products_forward(weight.get(), batch) && !matrix_unit_forward(weight.get(), batch)) {
     const int64_t grain = std::max<int64_t>(8, kGrainWeights / weight.cols());
     at::parallel_for(0, weight.rows(), grain, [&](int64_t begin, int64_t end) {
       // One input is multiplied as the weights are made and takes no scratch.
@@ -159,10 +105,12 @@ void fused_backward_input(const CheckedWeight& weight, const at::Tensor& grad_ou
                               grad_output.size(0),
                               weight.rows(),
                               weight.cols()};
-  parallel_stretches(
-      weight.cols(), share_of_thread(weight.cols()), [&](int64_t begin, int64_t end) {
-        kernels().linear_backward_input(weight.get(), args, begin, end, linear_scratch());
-      });
+  if (!matrix_unit_backward_input(weight.get(), args)) {
+    parallel_stretches(
+        weight.cols(), share_of_thread(weight.cols()), [&](int64_t begin, int64_t end) {
+          kernels().linear_backward_input(weight.get(), args, begin, end, linear_scratch());
+        });
+  }
   if (!grad_input_float.is_same(grad_input)) grad_input.copy_(grad_input_float);
 }
 

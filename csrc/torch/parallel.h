@@ -12,7 +12,7 @@ namespace hfh::torch_ops {
 
 /// Scratch of the calling thread, kept from call to call: fresh pages would cost more than what
 /// fills them. Each `Purpose` has its own.
-enum class Purpose { kPanels, kSlotProducts, kLookup };
+enum class Purpose { kPanels, kSlotProducts, kPackedBatch, kLookup };
 
 template <Purpose purpose>
 class Scratch {

@@ -1,10 +1,10 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "torch/gemm.h"
+#include "torch/matrix_unit.h"
 #include "torch/panels.h"
 #include "torch/parallel.h"
 
@@ -16,8 +16,8 @@ using cpu::kernels;
 using cpu::PoolContributions;
 using cpu::TileBounds;
 
-// Tiles of the weight's gradient, and the bound of what one lists for the pool.
-constexpr int64_t kTileCols = 512;
+// Tiles of the weight's gradient; where they list what they add to the pool, the list's bound.
+constexpr int64_t kTileCols = 512, kTileRows = 64;
 constexpr int64_t kContributionBytes = 5 << 17;
 // What each thread but the first may hold of pool gradients.
 constexpr int64_t kReplicaBytes = 4 << 20;
@@ -32,87 +32,146 @@ DType kernel_dtype(at::ScalarType dtype) {
 struct TileWork {
   at::Tensor gradient, offsets, values;
   std::vector<double> grad_theta;
-  PoolContributions contributions;
+  PoolContributions contributions{};
 };
 
-/// The tiles of a weight's gradient, row-major, and the work on each of them.
-template <class TileGradient>
-class BackwardTiles {
+/// Where tiles of a weight's gradient come from: the gradient itself.
+class GivenGradient {
  public:
-  BackwardTiles(const CheckedWeight& weight, at::ScalarType gradient_dtype,
-                bool gradient_is_product, const TileGradient& tile_gradient)
-      : weight_(weight),
-        dtype_(gradient_dtype),
-        is_product_(gradient_is_product),
-        tile_gradient_(tile_gradient),
-        tile_cols_(std::min(kTileCols, weight.cols())) {
-    kernels().contribution_bounds(weight.get(), {0, 1, 0, tile_cols_}, &row_entries_, &row_values_);
-    const int64_t row_bytes = row_entries_ * static_cast<int64_t>(sizeof(uint32_t)) +
-                              row_values_ * element_size(weight.compute_dtype());
-    tile_rows_ = std::min(std::max<int64_t>(1, kContributionBytes / row_bytes), weight.rows());
-    tiles_across_ = (weight.cols() + tile_cols_ - 1) / tile_cols_;
+  explicit GivenGradient(const at::Tensor& gradient) : matrix_(matrix_of(gradient)) {}
+
+  at::ScalarType dtype() const { return matrix_.dtype; }
+  bool is_product() const { return false; }
+  void select_columns(int64_t, int64_t) {}
+  Matrix tile(const TileBounds& tile, at::Tensor&) {
+    return matrix_.slice(tile.row, tile.rows, tile.col, tile.cols);
   }
 
-  int64_t count() const { return tiles_across_ * ((weight_.rows() + tile_rows_ - 1) / tile_rows_); }
+ private:
+  Matrix matrix_;
+};
+
+/// grad_output^T input, through the platform's GEMM.
+class ProductGradient {
+ public:
+  ProductGradient(const at::Tensor& grad_output, const at::Tensor& input)
+      : grad_output_(matrix_of(grad_output)), input_(matrix_of(input)) {}
+
+  at::ScalarType dtype() const { return input_.dtype; }
+  bool is_product() const { return true; }
+  void select_columns(int64_t, int64_t) {}
+  Matrix tile(const TileBounds& tile, at::Tensor& storage) {
+    const Matrix product = matrix_of(storage).slice(0, tile.rows, 0, tile.cols);
+    gemm(grad_output_.slice(0, input_.rows, tile.row, tile.rows).transposed(),
+         input_.slice(0, input_.rows, tile.col, tile.cols), product, false);
+    return product;
+  }
+
+ private:
+  Matrix grad_output_, input_;
+};
+
+/// grad_output^T input, on the matrix unit.
+class MatrixUnitProduct : public MatrixUnitGradient {
+ public:
+  using MatrixUnitGradient::MatrixUnitGradient;
+
+  at::ScalarType dtype() const { return at::kFloat; }
+  bool is_product() const { return true; }
+  Matrix tile(const TileBounds& tile, at::Tensor& storage) {
+    const Matrix product = matrix_of(storage).slice(0, tile.rows, 0, tile.cols);
+    multiply(tile.row, tile.rows, static_cast<float*>(product.data), product.row_stride);
+    return product;
+  }
+};
+
+/// The tiles of a weight's gradient, and the work on each of them: those of one column of tiles at
+/// a time, for whatever a source of tiles prepares for them all.
+template <class Source>
+class BackwardTiles {
+ public:
+  BackwardTiles(const CheckedWeight& weight, Source& source)
+      : weight_(weight), source_(source), tile_cols_(std::min(kTileCols, weight.cols())) {
+    const int64_t threads = at::get_num_threads();
+    tile_rows_ = std::min(kTileRows, (weight.rows() + threads - 1) / threads);
+  }
+
+  /// Makes tiles that list what they add to the pool.
+  void list_contributions() {
+    kernels().contribution_bounds(weight_.get(), {0, 1, 0, tile_cols_}, &row_entries_,
+                                  &row_values_);
+    const int64_t row_bytes = row_entries_ * static_cast<int64_t>(sizeof(uint32_t)) +
+                              row_values_ * element_size(weight_.compute_dtype());
+    tile_rows_ = std::min(tile_rows_, std::max<int64_t>(1, kContributionBytes / row_bytes));
+  }
+
+  int64_t num_columns() const { return (weight_.cols() + tile_cols_ - 1) / tile_cols_; }
+  /// Of each column.
+  int64_t count() const { return (weight_.rows() + tile_rows_ - 1) / tile_rows_; }
+
+  void select_column(int64_t column) {
+    col_ = column * tile_cols_;
+    cols_ = std::min(tile_cols_, weight_.cols() - col_);
+    source_.select_columns(col_, cols_);
+  }
 
   TileWork allocate() const {
     TileWork work;
-    if (is_product_) work.gradient = at::empty({tile_rows_, tile_cols_}, at::dtype(dtype_));
+    if (source_.is_product()) {
+      work.gradient = at::empty({tile_rows_, tile_cols_}, at::dtype(source_.dtype()));
+    }
+    work.grad_theta.assign(weight_.theta_size(), 0.0);
+    if (row_entries_ == 0) return work;
     work.offsets = at::empty({tile_rows_ * row_entries_}, at::dtype(at::kInt));
     work.values = at::empty({tile_rows_ * row_values_}, at::dtype(weight_.compute_dtype()));
-    work.grad_theta.assign(weight_.theta_size(), 0.0);
-    work.contributions = {reinterpret_cast<uint32_t*>(work.offsets.mutable_data_ptr<int>()),
-                          work.values.mutable_data_ptr(), 0, 0};
+    work.contributions.offset = reinterpret_cast<uint32_t*>(work.offsets.mutable_data_ptr<int>());
+    work.contributions.values = work.values.mutable_data_ptr();
     return work;
   }
 
-  /// Lists what tile `index` adds to the pool, and adds its part to `work.grad_theta`.
+  /// Adds what tile `index` of the column means for the pool to `work.contributions`, and for g to
+  /// `work.grad_theta`.
   void run(int64_t index, TileWork& work) const {
-    const int64_t row = index / tiles_across_ * tile_rows_;
-    const int64_t col = index % tiles_across_ * tile_cols_;
-    const TileBounds tile{row, std::min(tile_rows_, weight_.rows() - row), col,
-                          std::min(tile_cols_, weight_.cols() - col)};
-    const Matrix gradient = tile_gradient_(tile, work.gradient);
-    kernels().backward(weight_.get(), tile, gradient.data, kernel_dtype(dtype_),
+    const int64_t row = index * tile_rows_;
+    const TileBounds tile{row, std::min(tile_rows_, weight_.rows() - row), col_, cols_};
+    const Matrix gradient = source_.tile(tile, work.gradient);
+    kernels().backward(weight_.get(), tile, gradient.data, kernel_dtype(source_.dtype()),
                        gradient.row_stride, work.grad_theta.data(), &work.contributions);
   }
 
  private:
   const CheckedWeight& weight_;
-  at::ScalarType dtype_;
-  bool is_product_;
-  const TileGradient& tile_gradient_;
-  int64_t tile_cols_, tile_rows_, tiles_across_, row_entries_ = 0, row_values_ = 0;
+  Source& source_;
+  int64_t tile_cols_, tile_rows_, row_entries_ = 0, row_values_ = 0;
+  int64_t col_ = 0, cols_ = 0;
 };
 
 void add_theta(std::vector<double>& sum, std::vector<double>& part) {
   for (size_t i = 0; i < sum.size(); ++i) sum[i] += std::exchange(part[i], 0.0);
 }
 
-/// Each thread takes a stretch of the tiles and adds to a pool gradient of its own; these are
-/// summed in the threads' order.
+/// Each thread takes a stretch of each column's tiles and adds to a pool gradient of its own; these
+/// are summed in the threads' order.
 template <class Tiles>
-void backward_by_replicas(const VirtualWeight& weight, const Tiles& tiles, int64_t num_replicas,
-                          WeightGradients& result) {
+void backward_by_replicas(Tiles& tiles, int64_t num_replicas, WeightGradients& result) {
   std::vector<at::Tensor> replicas{result.pool};
   std::vector<TileWork> work;
   for (int64_t i = 0; i < num_replicas; ++i) {
-    if (i > 0) replicas.push_back(at::empty_like(result.pool));
+    if (i > 0) replicas.push_back(at::zeros_like(result.pool));
     work.push_back(tiles.allocate());
+    work.back().contributions.sum = replicas.back().mutable_data_ptr();
   }
-  const int64_t pool_size = result.pool.numel();
   const int64_t share = (tiles.count() + num_replicas - 1) / num_replicas;
-  at::parallel_for(0, num_replicas, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      void* replica = replicas[i].mutable_data_ptr();
-      if (i > 0) std::memset(replica, 0, replicas[i].nbytes());
-      for (int64_t t = i * share; t < std::min(tiles.count(), (i + 1) * share); ++t) {
-        tiles.run(t, work[i]);
-        kernels().scatter(work[i].contributions, weight.pool_dtype, 0,
-                          static_cast<uint32_t>(pool_size), replica);
+  for (int64_t column = 0; column < tiles.num_columns(); ++column) {
+    tiles.select_column(column);
+    at::parallel_for(0, num_replicas, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t t = i * share; t < std::min(tiles.count(), (i + 1) * share); ++t) {
+          tiles.run(t, work[i]);
+        }
       }
-    }
-  });
+    });
+  }
   for (int64_t i = 0; i < num_replicas; ++i) {
     if (i > 0) result.pool.add_(replicas[i]);
     add_theta(result.theta, work[i].grad_theta);
@@ -122,71 +181,88 @@ void backward_by_replicas(const VirtualWeight& weight, const Tiles& tiles, int64
 /// For pools too large to have one a thread: rounds of a tile a thread. In each, threads first work
 /// on their tiles, then add the round's contributions to the stretch of the pool that each owns.
 template <class Tiles>
-void backward_by_rounds(const VirtualWeight& weight, const Tiles& tiles, int64_t num_threads,
+void backward_by_rounds(const VirtualWeight& weight, Tiles& tiles, int64_t num_threads,
                         WeightGradients& result) {
   std::vector<TileWork> round;
   for (int64_t i = 0; i < num_threads; ++i) round.push_back(tiles.allocate());
   const int64_t pool_size = result.pool.numel();
   const int64_t stretch =
       round_up((pool_size + num_threads - 1) / num_threads, weight.hash.block());
-  for (int64_t first = 0; first < tiles.count(); first += num_threads) {
-    const int64_t count = std::min(num_threads, tiles.count() - first);
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) tiles.run(first + i, round[i]);
-    });
-    parallel_stretches(pool_size, stretch, [&](int64_t begin, int64_t end) {
-      for (int64_t i = 0; i < count; ++i) {
-        kernels().scatter(round[i].contributions, weight.pool_dtype, static_cast<uint32_t>(begin),
-                          static_cast<uint32_t>(end), result.pool.mutable_data_ptr());
-      }
-    });
-    for (int64_t i = 0; i < count; ++i) add_theta(result.theta, round[i].grad_theta);
+  for (int64_t column = 0; column < tiles.num_columns(); ++column) {
+    tiles.select_column(column);
+    for (int64_t first = 0; first < tiles.count(); first += num_threads) {
+      const int64_t count = std::min(num_threads, tiles.count() - first);
+      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) tiles.run(first + i, round[i]);
+      });
+      parallel_stretches(pool_size, stretch, [&](int64_t begin, int64_t end) {
+        for (int64_t i = 0; i < count; ++i) {
+          kernels().scatter(round[i].contributions, weight.pool_dtype, static_cast<uint32_t>(begin),
+                            static_cast<uint32_t>(end), result.pool.mutable_data_ptr());
+        }
+      });
+    }
   }
+  for (TileWork& work : round) add_theta(result.theta, work.grad_theta);
 }
 
-template <class TileGradient>
-WeightGradients backward_of_tiles(const CheckedWeight& weight, at::ScalarType gradient_dtype,
-                                  bool gradient_is_product, const TileGradient& tile_gradient) {
+WeightGradients zero_gradients(const CheckedWeight& weight) {
+  const HashParams& hash = weight.get().hash;
+  const int64_t pool_size = int64_t{hash.num_slots} << hash.log2_block;
+  return {at::zeros({pool_size}, at::dtype(weight.compute_dtype())),
+          std::vector<double>(weight.theta_size(), 0.0)};
+}
+
+/// Adds what the gradients of V that `source` has mean for the pool and g.
+template <class Source>
+void add_backward(const CheckedWeight& weight, Source& source, WeightGradients& result) {
+  if (weight.rows() == 0 || weight.cols() == 0) return;
   const VirtualWeight& virtual_weight = weight.get();
-  const int64_t pool_size = int64_t{virtual_weight.hash.num_slots}
-                            << virtual_weight.hash.log2_block;
-  WeightGradients result{at::zeros({pool_size}, at::dtype(weight.compute_dtype())),
-                         std::vector<double>(weight.theta_size(), 0.0)};
-  if (weight.rows() == 0 || weight.cols() == 0) return result;
-  const BackwardTiles tiles(weight, gradient_dtype, gradient_is_product, tile_gradient);
+  BackwardTiles<Source> tiles(weight, source);
   const int64_t threads = std::min<int64_t>(tiles.count(), at::get_num_threads());
   // What is held beyond the gradient that the caller gets: of a bfloat16 pool, the first one too.
   const int64_t extra_replicas = threads - (virtual_weight.pool_dtype == DType::kBFloat16 ? 0 : 1);
   const auto extra_bytes = extra_replicas * static_cast<int64_t>(result.pool.nbytes());
   if (threads == 1 || extra_bytes <= (threads - 1) * kReplicaBytes) {
-    backward_by_replicas(virtual_weight, tiles, threads, result);
+    backward_by_replicas(tiles, threads, result);
   } else {
+    tiles.list_contributions();
     backward_by_rounds(virtual_weight, tiles, threads, result);
   }
-  return result;
+}
+
+/// Whether it worked out: see torch/matrix_unit.h.
+bool add_matrix_unit_backward(const CheckedWeight& weight, const at::Tensor& grad_output,
+                              const at::Tensor& input, WeightGradients& result) {
+  for (int64_t m = 0; m < input.size(0); m += MatrixUnitGradient::kMaxBatch) {
+    MatrixUnitProduct source(grad_output.const_data_ptr<float>() + m * weight.rows(), weight.rows(),
+                             input.const_data_ptr<float>() + m * weight.cols(), weight.cols(),
+                             std::min(MatrixUnitGradient::kMaxBatch, input.size(0) - m));
+    add_backward(weight, source, result);
+    if (!source.finite()) return false;
+  }
+  return true;
 }
 
 }  // namespace
 
 WeightGradients weight_backward(const CheckedWeight& weight, const at::Tensor& gradient) {
-  const Matrix matrix = matrix_of(gradient);
-  return backward_of_tiles(weight, gradient.scalar_type(), false,
-                           [&](const TileBounds& tile, at::Tensor&) {
-                             return matrix.slice(tile.row, tile.rows, tile.col, tile.cols);
-                           });
+  WeightGradients result = zero_gradients(weight);
+  GivenGradient source(gradient);
+  add_backward(weight, source, result);
+  return result;
 }
 
 WeightGradients weight_backward(const CheckedWeight& weight, const at::Tensor& grad_output,
                                 const at::Tensor& input) {
-  const Matrix grad_y = matrix_of(grad_output), x = matrix_of(input);
-  const int64_t batch = input.size(0);
-  return backward_of_tiles(
-      weight, input.scalar_type(), true, [&](const TileBounds& tile, at::Tensor& storage) {
-        const Matrix product = matrix_of(storage).slice(0, tile.rows, 0, tile.cols);
-        gemm(grad_y.slice(0, batch, tile.row, tile.rows).transposed(),
-             x.slice(0, batch, tile.col, tile.cols), product, false);
-        return product;
-      });
+  WeightGradients result = zero_gradients(weight);
+  if (input.scalar_type() == at::kFloat && prefers_matrix_unit(input.size(0))) {
+    if (add_matrix_unit_backward(weight, grad_output, input, result)) return result;
+    result = zero_gradients(weight);
+  }
+  ProductGradient source(grad_output, input);
+  add_backward(weight, source, result);
+  return result;
 }
 
 }  // namespace hfh::torch_ops
