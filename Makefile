@@ -22,6 +22,7 @@ bench: $(BUILT)
 	$(BIN)/python -m pytest bench
 	$(BIN)/python -m bench.linear
 	$(BIN)/python -m bench.convolution
+	$(BIN)/python -m bench.embedding
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(PYTHON_FILES)

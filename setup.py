@@ -27,7 +27,12 @@ TORCH_SOURCES = [
     "csrc/torch/convolution.cpp",
     "csrc/torch/convolution_autograd.cpp",
     "csrc/torch/convolution_geometry.cpp",
+    "csrc/torch/embedding.cpp",
+    "csrc/torch/embedding_autograd.cpp",
+    "csrc/torch/embedding_bag.cpp",
     "csrc/torch/gemm.cpp",
+    "csrc/torch/lookup.cpp",
+    "csrc/torch/lookup_backward.cpp",
     "csrc/torch/matrix_unit.cpp",
     "csrc/torch/module.cpp",
     "csrc/torch/ops.cpp",
@@ -42,6 +47,8 @@ TORCH_SOURCES = [
 # Raw-pointer kernels: compiled once for each capability, with -DHFH_CAPABILITY=<its name>.
 KERNEL_SOURCES = [
     "csrc/cpu/backward.cpp",
+    "csrc/cpu/embedding.cpp",
+    "csrc/cpu/embedding_backward.cpp",
     "csrc/cpu/linear.cpp",
     "csrc/cpu/patches.cpp",
     "csrc/cpu/reconstruct.cpp",

@@ -71,6 +71,35 @@ def convolution_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def embedding_table(report: dict[str, Any]) -> str:
+    """Ratios to the dense operator, and to its variant with a sparse gradient."""
+    timed = ("forward", "forward + backward", "training step")
+    lines = [
+        "| time, relative to the dense operator | forward | forward + backward | with Adam |",
+        "|---|---|---|---|",
+    ]
+
+    def cell(result: dict[str, Any]) -> str:
+        ratio, sparse = result["ratio"], result["ratio_sparse"]
+        text = f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}"
+        return text if sparse == ratio else f"{text} ({sparse:.2f})"
+
+    for row in report["rows"]:
+        cells = (cell(row["results"][what]) for what in timed)
+        lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
+    memory = report["peak_memory"]["embedding"]
+    machine = report["machine"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{machine['processor']}, {machine['threads']} threads. Memory beyond the pool, its "
+            f"gradient and the result: {memory['forward_bytes'] / 2**20:.1f} MiB forward, "
+            f"{memory['backward_bytes'] / 2**20:.1f} MiB backward.",
+        ]
+    )
+
+
 def demo_text(report: dict[str, Any]) -> str:
     """The demo's two tables."""
     settings, results = report["settings"], report["accuracy"]
@@ -140,6 +169,8 @@ def main() -> None:
         text = replace_block(text, f"linear {variant}", linear_table(report, variant))
     text = replace_block(text, "linear summary", summary(report))
     text = replace_block(text, "convolution", convolution_table(newest("convolution")))
+    for lookups in RESULTS.glob("embedding-*.json"):
+        text = replace_block(text, "embedding", embedding_table(json.loads(lookups.read_text())))
     text = replace_block(text, "demo", demo_text(json.loads((RESULTS / "demo.json").read_text())))
     README.write_text(text)
 

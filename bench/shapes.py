@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
-from hfh_kernels.nn import HFHConv2d, HFHLinear, Pool
+from hfh_kernels.nn import HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 
 IN_FEATURES = OUT_FEATURES = 4096
 NUM_WEIGHTS = IN_FEATURES * OUT_FEATURES
@@ -116,4 +117,64 @@ CONVOLUTIONS = (
     Images(1, 512, 14, 1, forward_target=1.15, backward_target=1.30),
     Images(1, 512, 14, 16, forward_target=1.04, backward_target=1.15),
     Images(3, 512, 7, 1, forward_target=0.90, backward_target=1.30),
+)
+
+
+NUM_EMBEDDINGS, EMBEDDING_DIM = 1_000_000, 64
+NUM_INDICES = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupRow:
+    """A table, and whether its rows are wanted or sums of bags of them; float32, relu."""
+
+    name: str
+    bag_size: int = 0
+    depth: int = 2
+    num_hashes: int = 4
+    width: int = 4
+    block: int = 32
+    compression: int = 100
+    targets: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    """Time relative to the dense operator, by what is timed."""
+
+    def pool(self) -> Pool:
+        return Pool(NUM_EMBEDDINGS * EMBEDDING_DIM // self.compression)
+
+    def layer(self, pool: Pool) -> HFHEmbedding | HFHEmbeddingBag:
+        kind = functools.partial(HFHEmbeddingBag, mode="sum") if self.bag_size else HFHEmbedding
+        return kind(
+            NUM_EMBEDDINGS,
+            EMBEDDING_DIM,
+            pool=pool,
+            num_hashes=self.num_hashes,
+            depth=self.depth,
+            width=self.width,
+            block=self.block,
+        )
+
+    def indices(self) -> torch.Tensor:
+        return torch.randint(NUM_EMBEDDINGS, (NUM_INDICES,))
+
+    def arguments(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A layer's: the indices, and where bags begin."""
+        if not self.bag_size:
+            return (indices,)
+        return indices, torch.arange(0, len(indices), self.bag_size)
+
+    def grad_output(self) -> torch.Tensor:
+        return torch.randn(NUM_INDICES // (self.bag_size or 1), EMBEDDING_DIM)
+
+
+EMBEDDING = LookupRow("embedding, depth 2", targets={"forward": 0.45, "forward + backward": 0.6})
+BAG = LookupRow(
+    "bags of 32, sum, depth 2",
+    bag_size=32,
+    targets={"forward": 0.30, "forward + backward": 0.5, "training step": 0.05},
+)
+LOOKUP_ROWS = (
+    EMBEDDING,
+    LookupRow("embedding, depth 1", depth=1),
+    BAG,
+    LookupRow("bags of 32, sum, depth 1", bag_size=32, depth=1),
 )

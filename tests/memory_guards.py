@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests import convolution_samples as convolutions
 from tests.convolution_samples import CONVOLUTIONS
+from tests.lookups import BAGS, LOOKUPS, results
 from tests.samples import SAMPLES, run
 from tests.sweep import SWEEP
 
@@ -51,6 +52,11 @@ def run_all(guard: Callable[[Tensor], Tensor]) -> None:
             else guard(arguments.input)
         )
         convolutions.run(convolution, guarded_arguments)
+    for lookup in [*LOOKUPS, *BAGS]:
+        leaves = lookup.leaves().map(lambda x: guard(x) if x.numel() else x).require_grad()
+        indices = lookup.indices()
+        output = lookup.run(leaves, "cpu", guard(indices) if indices.numel() else indices)
+        results(output, leaves)
 
 
 def overrun() -> None:

@@ -25,6 +25,9 @@ sys.exit(pytest.main(sys.argv[1:]))
 TESTS = [
     "tests/test_convolution.py::test_samples",
     "tests/test_convolution.py::test_random_samples",
+    "tests/test_embedding.py::test_lookups",
+    "tests/test_embedding.py::test_a_result_larger_than_the_caches",
+    "tests/test_embedding_bag.py::test_bags",
     "tests/test_linear.py::test_samples",
     "tests/test_linear.py::test_random_samples",
     "tests/test_linear.py::test_nan_beside_the_columns_in_use",

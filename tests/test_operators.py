@@ -13,6 +13,7 @@ from torch import Tensor
 from hfh_kernels import HashSpec, dispatch
 from hfh_kernels.nn import HFHConv1d, HFHConv2d, HFHLinear, Pool
 from tests.convolution_samples import CONVOLUTIONS, ConvolutionSample
+from tests.lookups import operator_calls
 from tests.samples import BFLOAT16, SAMPLES, Sample, differentiate, run
 
 pytestmark = [
@@ -52,6 +53,7 @@ def calls(sample: Sample) -> dict[str, tuple[Any, ...]]:
         "linear": (input, pool, theta, bias, rows, *weight),
         "linear_backward_input": (sample.grad_output(), *arguments[1:3], cols, *weight),
         "linear_backward_weight": (sample.grad_output(), *arguments[:3], *weight),
+        **operator_calls(sample),
     }
 
 

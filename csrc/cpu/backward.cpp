@@ -55,11 +55,11 @@ void backward_kernel(const VirtualWeight& weight, const cpu::TileBounds& bounds,
                      const void* gradient, DType gradient_dtype, int64_t stride, double* grad_theta,
                      cpu::PoolContributions* out) {
   specialize(weight, [&]<class W>(W) {
-    using Scalar = typename W::Scalar;
-    Contributions<Scalar> contributions{static_cast<Scalar*>(out->sum), out->offset,
-                                        static_cast<Scalar*>(out->values), 0};
-    const TileGradient tile_gradient{gradient, stride, gradient_dtype == DType::kBFloat16};
-    tile_backward<W>(weight, bounds, tile_gradient, grad_theta, contributions);
+    auto contributions = contributions_to<typename W::Scalar>(*out);
+    const TileGradient<Strides> tile_gradient{
+        gradient, {stride}, gradient_dtype == DType::kBFloat16};
+    tile_backward<W>(weight, rows_of(weight, bounds), bounds, tile_gradient, grad_theta,
+                     contributions);
     out->count = contributions.count;
     out->length = W::kByElement ? 1 : W::kLanes;
   });

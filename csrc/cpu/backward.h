@@ -13,16 +13,52 @@ struct Contributions {
   uint32_t* offset;
   Scalar* values;
   int64_t count;
+
+  /// A vector of neighbouring elements.
+  template <class Vector>
+  HFH_HOST_DEVICE void add_vector(uint32_t first, Vector value) {
+    if (sum != nullptr) {
+      store(sum + first, load<Vector>(sum + first) + value);
+    } else {
+      constexpr int kLanes = sizeof(Vector) / sizeof(Scalar);
+      store(values + count * kLanes, value);
+      offset[count++] = first;
+    }
+  }
+  /// An element for each lane.
+  template <class Uint, class Vector>
+  HFH_HOST_DEVICE void add_elements(Uint offsets, Vector value) {
+    constexpr int kLanes = sizeof(Vector) / sizeof(Scalar);
+    if (sum != nullptr) {
+      uint32_t target[kLanes];
+      Scalar lanes[kLanes];
+      store(target, offsets);
+      store(lanes, value);
+      for (int i = 0; i < kLanes; ++i) sum[target[i]] += lanes[i];
+    } else {
+      store(offset + count, offsets);
+      store(values + count, value);
+      count += kLanes;
+    }
+  }
 };
 
-/// The gradient of a tile: row-major, float or bfloat16 for float kernels, double for double ones.
+template <class Scalar>
+HFH_HOST_DEVICE Contributions<Scalar> contributions_to(const cpu::PoolContributions& out) {
+  return {static_cast<Scalar*>(out.sum), out.offset, static_cast<Scalar*>(out.values), 0};
+}
+
+/// The gradient of a tile, float or bfloat16 for float kernels, double for double ones. `Rows`
+/// tells where each row of it begins, counting in elements of `data`.
+template <class Rows>
 struct TileGradient {
   const void* data;
-  int64_t stride;
+  Rows rows;
   bool is_bfloat16;
 
   template <class W>
-  HFH_HOST_DEVICE typename W::Vector load_at(int64_t i) const {
+  HFH_HOST_DEVICE typename W::Vector load_at(int64_t row, int64_t col) const {
+    const int64_t i = rows[row] + col;
     if constexpr (W::kLanes > 1) {
       if (is_bfloat16) {
         return load_as<typename W::Vector>(static_cast<const BFloat16*>(data) + i);
@@ -31,24 +67,33 @@ struct TileGradient {
     return load_as<typename W::Vector>(static_cast<const typename W::Scalar*>(data) + i);
   }
   template <class W>
-  HFH_HOST_DEVICE typename W::Scalar element(int64_t i) const {
+  HFH_HOST_DEVICE typename W::Scalar element(int64_t row, int64_t col) const {
+    const int64_t i = rows[row] + col;
     if (W::kLanes > 1 && is_bfloat16) return to_float(static_cast<const BFloat16*>(data)[i]);
     return static_cast<const typename W::Scalar*>(data)[i];
   }
 };
 
-/// Adds the tile's gradient to that of g's parameters (`grad_theta`, double) and of the pool.
-template <class W>
-HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, const Tile& tile,
-                                   const TileGradient& gradient, double* grad_theta,
+/// Rows that begin `stride` elements apart.
+struct Strides {
+  int64_t stride;
+  HFH_HOST_DEVICE int64_t operator[](int64_t row) const { return row * stride; }
+};
+
+/// Adds the tile's gradient to that of g's parameters (`grad_theta`, double) and of the pool. Row i
+/// of the tile is `rows[i]` of the weight.
+template <class W, class Rows, class Gradient>
+HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, Rows rows, const Tile& tile,
+                                   const Gradient& gradient, double* grad_theta,
                                    Contributions<typename W::Scalar>& out) {
   using Vector = typename W::Vector;
   using Uint = typename W::Uint;
   const typename W::Shape shape(weight);
   const LocalTheta<W> theta(shape, weight);
   const auto* pool = static_cast<const typename W::Pool*>(weight.pool);
-  // Sums of at most kRowsPerFlush rows stay in float; the rest of the sum is in double.
-  constexpr int kRowsPerFlush = 8;
+  // Sums of a few rows stay in float; the rest of the sum is in double.
+  constexpr int64_t kColsPerFlush = 4096;
+  const int64_t rows_per_flush = (kColsPerFlush + tile.cols - 1) / tile.cols;
   Vector sums[kMaxTheta];
   const int size = theta_size_of(shape);
   for (int i = 0; i < size; ++i) sums[i] = Vector{};
@@ -64,22 +109,24 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, const Tile& tile
     return load<Vector>(lanes);
   };
   const auto vector_backward = [&](int64_t row, int64_t col, Vector* a, Vector* grad_a) {
-    const int64_t first = row * gradient.stride + col;
     Vector grad;
     if (is_inside<W>(col, tile.cols)) {
-      grad = gradient.template load_at<W>(first);
+      grad = gradient.template load_at<W>(row, col);
     } else {
       typename W::Scalar lanes[W::kLanes] = {};
       for (int i = 0; i < W::kLanes; ++i) {
-        if (col + i >= 0 && col + i < tile.cols) lanes[i] = gradient.template element<W>(first + i);
+        if (col + i >= 0 && col + i < tile.cols)
+          lanes[i] = gradient.template element<W>(row, col + i);
       }
       grad = load<Vector>(lanes);
       for (int u = 0; u < shape.num_hashes(); ++u) a[u] = masked(a[u], col);
     }
     reconstruct_backward(shape, theta.values, a, grad, sums, grad_a);
   };
+  int64_t rows_to_flush = rows_per_flush;
   const auto row_done = [&](int64_t row) {
-    if ((row + 1) % kRowsPerFlush != 0 && row + 1 != tile.rows) return;
+    if (--rows_to_flush > 0 && row + 1 != tile.rows) return;
+    rows_to_flush = rows_per_flush;
     for (int i = 0; i < size; ++i) {
       grad_theta[i] += horizontal_sum(sums[i]);
       sums[i] = Vector{};
@@ -91,21 +138,10 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, const Tile& tile
       Vector grad_a[W::kHashesBound];
       vector_backward(row, col, draws.a, grad_a);
       for (int u = 0; u < shape.num_hashes(); ++u) {
-        const Vector grad = flip_sign(grad_a[u], draws.sign[u]);
-        if (out.sum != nullptr) {
-          uint32_t offset[W::kLanes];
-          typename W::Scalar lanes[W::kLanes];
-          store(offset, draws.offset[u]);
-          store(lanes, grad);
-          for (int i = 0; i < W::kLanes; ++i) out.sum[offset[i]] += lanes[i];
-          continue;
-        }
-        store(out.offset + out.count, draws.offset[u]);
-        store(out.values + out.count, grad);
-        out.count += W::kLanes;
+        out.add_elements(draws.offset[u], flip_sign(grad_a[u], draws.sign[u]));
       }
     };
-    walk_elements<W>(weight, shape, tile, visit, row_done);
+    walk_elements<W>(weight, shape, rows, tile, visit, row_done);
   } else {
     using Draws = BlockDraws<W>;
     const auto visit = [&](int64_t row, int64_t col, const Draws& draws, const Draws& next,
@@ -120,19 +156,12 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, const Tile& tile
         }
         vector_backward(row, col, a, grad_a);
         for (int u = 0; u < shape.num_hashes(); ++u) {
-          const uint32_t offset = draws.offset[u][lane] + phase;
-          const Vector grad = flip_sign(grad_a[u], splat_uint<Uint>(draws.sign[u][lane]));
-          if (out.sum != nullptr) {
-            store(out.sum + offset, load<Vector>(out.sum + offset) + grad);
-            continue;
-          }
-          out.offset[out.count] = offset;
-          store(out.values + out.count * W::kLanes, grad);
-          ++out.count;
+          out.add_vector(draws.offset[u][lane] + phase,
+                         flip_sign(grad_a[u], splat_uint<Uint>(draws.sign[u][lane])));
         }
       }
     };
-    walk_blocks<W, Draws>(weight, shape, tile, [](Draws&) {}, visit, row_done);
+    walk_blocks<W, Draws>(weight, shape, rows, tile, [](Draws&) {}, visit, row_done);
   }
 }
 

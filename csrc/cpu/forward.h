@@ -26,9 +26,11 @@ struct SignedDraws : BlockDraws<W> {
 
 /// Reconstructs the tile and hands it to `sink` a vector at a time: `sink.vector(row, col, value)`,
 /// or `sink.edge` where the vector may reach outside the tile, then `sink.row_done(row)`. `col` is
-/// relative to the tile. `sink.begin_block()` comes before each draw.
-template <class W, class Sink>
-HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, const Tile& tile, Sink& sink) {
+/// relative to the tile; row i of the tile is `rows[i]` of the weight. `sink.begin_block()` comes
+/// before each draw.
+template <class W, class Rows, class Sink>
+HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, const Tile& tile,
+                                      Sink& sink) {
   using Vector = typename W::Vector;
   const typename W::Shape shape(weight);
   const LocalTheta<W> theta(shape, weight);
@@ -44,7 +46,7 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, const Tile& t
         sink.edge(row, col, value);
       }
     };
-    walk_elements<W>(weight, shape, tile, visit, row_done);
+    walk_elements<W>(weight, shape, rows, tile, visit, row_done);
   } else {
     using Draws = SignedDraws<W>;
     const auto* pool = static_cast<const typename W::Pool*>(weight.pool);
@@ -86,26 +88,39 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, const Tile& t
         for (ptrdiff_t i = 0; i < count; i += W::kLanes) sink.edge(row, col + i, value_at(i));
       }
     };
-    walk_blocks<W, Draws>(weight, shape, tile, prepare, visit, row_done);
+    walk_blocks<W, Draws>(weight, shape, rows, tile, prepare, visit, row_done);
   }
 }
 
-/// Writes the tile to memory, and nothing outside it.
-template <class W>
+template <class W, class Sink>
+HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, const Tile& tile, Sink& sink) {
+  reconstruct_tile<W>(weight, rows_of(weight, tile), tile, sink);
+}
+
+/// Rows of a matrix, `stride` elements apart.
+template <class Scalar>
+struct StridedRows {
+  Scalar* first;
+  int64_t stride;
+  HFH_HOST_DEVICE Scalar* operator[](int64_t row) const { return first + row * stride; }
+};
+
+/// Writes the tile to memory, row i to `out[i]`, and nothing outside it.
+template <class W, class Out = StridedRows<typename W::Scalar>>
 struct StoreSink {
-  typename W::Scalar* out;
-  int64_t stride, cols;
+  Out out;
+  int64_t cols;
   cpu::Meanwhile meanwhile = {};
 
   HFH_HOST_DEVICE void begin_block() { meanwhile(); }
   HFH_HOST_DEVICE void vector(int64_t row, int64_t col, typename W::Vector value) {
-    store(out + row * stride + col, value);
+    store(out[row] + col, value);
   }
   __attribute__((noinline)) void edge(int64_t row, int64_t col, typename W::Vector value) {
     typename W::Scalar lanes[W::kLanes];
     store(lanes, value);
     for (int i = 0; i < W::kLanes; ++i) {
-      if (col + i >= 0 && col + i < cols) out[row * stride + col + i] = lanes[i];
+      if (col + i >= 0 && col + i < cols) out[row][col + i] = lanes[i];
     }
   }
   HFH_HOST_DEVICE void row_done(int64_t) {}

@@ -62,6 +62,22 @@ struct PoolContributions {
   int32_t length;
 };
 
+/// Rows of a virtual weight looked up: entry i is row `row[i]` of it, `row_offset` included, and
+/// belongs at element `place[i]` of an array.
+struct RowLookups {
+  const uint32_t* row;
+  const int64_t* place;
+  int64_t count;
+};
+
+/// Single elements of a virtual weight and the gradient of each (double for double kernels).
+struct ElementGradients {
+  const uint32_t* row;  // `row_offset` included
+  const uint32_t* col;  // `col_offset` included
+  const void* gradient;
+  int64_t count;
+};
+
 struct Kernels {
   const char* capability;
   int lanes;
@@ -115,6 +131,27 @@ struct Kernels {
   /// Adds the contributions that start in [begin, end) to the pool's gradient, in their order.
   void (*scatter)(const PoolContributions&, DType pool_dtype, uint32_t begin, uint32_t end,
                   void* grad_pool);
+
+  /// Writes columns [col, col + cols) of each row looked up to `out`, from its place on. With
+  /// `past_caches` places are multiples of cols, and the pool need not make room for the result.
+  void (*lookup)(const VirtualWeight&, const RowLookups&, int64_t col, int64_t cols, void* out,
+                 bool past_caches);
+  /// The gradient of `lookup`, as of `backward`: that of each row begins at its place in
+  /// `gradient`.
+  void (*lookup_backward)(const VirtualWeight&, const RowLookups&, int64_t col, int64_t cols,
+                          const void* gradient, DType gradient_dtype, double* grad_theta,
+                          PoolContributions*);
+  /// The same for single elements, each of which lists num_hashes entries of one value.
+  void (*elements_backward)(const VirtualWeight&, const ElementGradients&, double* grad_theta,
+                            PoolContributions*);
+  /// sum[c] += sum_i factor[i] * rows[i][c] over all columns; without `factor`, 1. All float, or
+  /// all double.
+  void (*add_rows)(DType, int64_t count, int64_t cols, const void* const* rows, const void* factor,
+                   void* sum);
+  /// best[c] = max(best[c], rows[i][c]), and winner[c] = id[i] where that is greater; a negative
+  /// winner is beaten by all.
+  void (*max_rows)(DType, int64_t count, int64_t cols, const void* const* rows, const int64_t* id,
+                   void* best, int64_t* winner);
 
   void (*round_to_bfloat16)(const float* source, BFloat16* target, int64_t count);
 

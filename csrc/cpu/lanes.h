@@ -79,6 +79,24 @@ HFH_HOST_DEVICE void store(T* target, V value) {
   std::memcpy(target, &value, sizeof(V));
 }
 
+/// `store` to an address aligned to V, past the caches where the machine can: what is written and
+/// not soon read would push out what is. `fence_streams` comes before anybody reads.
+template <class T, class V>
+HFH_HOST_DEVICE void stream(T* target, V value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == sizeof(__m512)) return _mm512_stream_ps(target, (__m512)value);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == sizeof(__m256)) return _mm256_stream_ps(target, (__m256)value);
+#endif
+  store(target, value);
+}
+
+HFH_HOST_DEVICE void fence_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 HFH_HOST_DEVICE float to_float(BFloat16 x) {
   const uint32_t bits = uint32_t{x.bits} << 16;
   float value;

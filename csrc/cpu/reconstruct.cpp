@@ -8,7 +8,7 @@ void reconstruct_kernel(const VirtualWeight& weight, const cpu::TileBounds& boun
                         int64_t stride, cpu::Meanwhile meanwhile) {
   if (bounds.rows == 0 || bounds.cols == 0) return;
   specialize(weight, [&]<class W>(W) {
-    StoreSink<W> sink{static_cast<typename W::Scalar*>(out), stride, bounds.cols, meanwhile};
+    StoreSink<W> sink{{static_cast<typename W::Scalar*>(out), stride}, bounds.cols, meanwhile};
     reconstruct_tile<W>(weight, bounds, sink);
   });
 }

@@ -55,17 +55,86 @@ struct LocalTheta {
   }
 };
 
-/// The draws of kLanes consecutive blocks of one row.
+/// The logical rows of a tile: neighbours from `first` on.
+struct NeighbouringRows {
+  uint32_t first;
+  HFH_HOST_DEVICE uint32_t operator[](int64_t i) const { return first + static_cast<uint32_t>(i); }
+};
+
+/// The logical rows of a tile, in any order.
+struct ListedRows {
+  const uint32_t* rows;
+  HFH_HOST_DEVICE uint32_t operator[](int64_t i) const { return rows[i]; }
+};
+
+HFH_HOST_DEVICE NeighbouringRows rows_of(const VirtualWeight& weight, const Tile& tile) {
+  return {weight.row_offset + static_cast<uint32_t>(tile.row)};
+}
+
+/// `window_base` of the row in each lane.
+template <class Uint>
+HFH_HOST_DEVICE Uint window_bases(Uint row, const HashParams& params) {
+  uint32_t lanes[sizeof(Uint) / sizeof(uint32_t)];
+  store(lanes, row);
+  for (uint32_t& lane : lanes) lane = window_base(lane, params);
+  return load<Uint>(lanes);
+}
+
+/// The blocks of listed rows, kLanes at a time. Past the last row it repeats.
+template <class W>
+struct BlockList {
+  ListedRows rows;
+  int64_t num_rows;
+  uint32_t first_block, num_blocks;
+  int64_t row = 0;
+  uint32_t block = 0;
+  alignas(64) uint32_t row_lanes[W::kLanes];
+  alignas(64) uint32_t block_lanes[W::kLanes];
+
+  BlockList(ListedRows rows, int64_t num_rows, uint32_t first_block, uint32_t num_blocks)
+      : rows(rows), num_rows(num_rows), first_block(first_block), num_blocks(num_blocks) {}
+
+  HFH_HOST_DEVICE void take() {
+    for (int lane = 0; lane < W::kLanes; ++lane) {
+      row_lanes[lane] = rows[row];
+      block_lanes[lane] = first_block + block;
+      if (++block < num_blocks) continue;
+      block = 0;
+      if (row + 1 < num_rows) ++row;
+    }
+  }
+};
+
+/// The draws of kLanes blocks.
 template <class W>
 struct BlockDraws {
+  using Uint = typename W::Uint;
   alignas(64) uint32_t offset[W::kHashesBound][W::kLanes];  // of the block's first element
   alignas(64) uint32_t sign[W::kHashesBound][W::kLanes];
 
-  // Not inlined: its constants would take the registers of the loop over the weights.
+  /// Of consecutive blocks of one row. Not inlined: its constants would take the registers of the
+  /// loop over the weights.
   __attribute__((noinline)) void compute(const typename W::Shape& shape, const HashParams& params,
                                          uint32_t row_key, uint32_t base, uint32_t first_block) {
-    using Uint = typename W::Uint;
-    const Uint key = weight_key(splat_uint<Uint>(row_key), count_from<Uint>(first_block));
+    compute(shape, params, weight_key(splat_uint<Uint>(row_key), count_from<Uint>(first_block)),
+            base);
+  }
+
+  /// Of the next of a list; not inlined either.
+  __attribute__((noinline)) void compute(const typename W::Shape& shape, const HashParams& params,
+                                         BlockList<W>& list) {
+    list.take();
+    const Uint row = load<Uint>(list.row_lanes);
+    const Uint key = weight_key(row_key(row, params.seed), load<Uint>(list.block_lanes));
+    Uint base = {};
+    if (params.rows_per_window != 0) base = window_bases(row, params);
+    compute(shape, params, key, base);
+  }
+
+ private:
+  template <class Base>
+  HFH_HOST_DEVICE void compute(const typename W::Shape& shape, const HashParams& params, Uint key,
+                               Base base) {
     for (int u = 0; u < shape.num_hashes(); ++u) {
       const Draw<Uint> one = draw(key, hash_lane(u), base, params);
       store(offset[u], one.slot << params.log2_block);
@@ -91,19 +160,33 @@ struct BlockRange {
   }
 };
 
+/// What a range takes of one block: elements [phase, stop), the first of them at column `col` of
+/// the tile, below 0 at a ragged start.
+struct BlockPart {
+  uint32_t phase, stop;
+  int64_t col;
+
+  template <class W>
+  HFH_HOST_DEVICE BlockPart(const BlockRange<W>& range, const HashParams& params, uint32_t block) {
+    const uint64_t block_start = uint64_t{block} << params.log2_block;
+    phase = block_start < range.start ? static_cast<uint32_t>(range.start - block_start) : 0;
+    const uint64_t left = range.end - block_start;
+    stop = left < params.block() ? static_cast<uint32_t>(left) : params.block();
+    col = static_cast<int64_t>(block_start + phase - range.begin);
+  }
+};
+
 /// Visits the tile row by row, blocks in order. `prepare(draws)` sees each group of draws before
-/// its blocks; `visit(row, col, draws, next, lane, phase, stop)` sees each block: `col` is the
-/// column of its element `phase`, relative to the tile (below 0 at a ragged start), and [phase,
-/// stop) what the tile takes of it. `next` is the group after, drawn already so that its lines can
+/// its blocks; `visit(row, col, draws, next, lane, phase, stop)` sees each block, as a `BlockPart`
+/// has it. `next` is the group after, drawn already so that its lines can
 /// be prefetched.
 template <class W, class Draws, class Prepare, class Visit, class RowDone>
 HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::Shape& shape,
-                                 const Tile& tile, const Prepare& prepare, const Visit& visit,
-                                 const RowDone& row_done) {
+                                 NeighbouringRows rows, const Tile& tile, const Prepare& prepare,
+                                 const Visit& visit, const RowDone& row_done) {
   const HashParams params = weight.hash;
   const BlockRange<W> range(weight, tile);
-  const uint32_t first_row = weight.row_offset + static_cast<uint32_t>(tile.row);
-  const uint32_t block = params.block();
+  const uint32_t first_row = rows.first;
 
   Draws buffer[2];
   uint32_t key = row_key(first_row, params.seed), base = window_base(first_row, params);
@@ -126,17 +209,46 @@ HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::
       const uint32_t blocks_left = range.num_blocks - group * W::kLanes;
       const int blocks = blocks_left < W::kLanes ? static_cast<int>(blocks_left) : W::kLanes;
       for (int lane = 0; lane < blocks; ++lane) {
-        const uint64_t block_start = uint64_t{first + lane} << params.log2_block;
-        const uint32_t phase =
-            block_start < range.start ? static_cast<uint32_t>(range.start - block_start) : 0;
-        const uint64_t left = range.end - block_start;
-        const uint32_t stop = left < block ? static_cast<uint32_t>(left) : block;
-        visit(row, static_cast<int64_t>(block_start + phase - range.begin), draws, next, lane,
-              phase, stop);
+        const BlockPart part(range, params, first + lane);
+        visit(row, part.col, draws, next, lane, part.phase, part.stop);
       }
       current = 1 - current;
     }
     row_done(row);
+  }
+}
+
+/// The same for listed rows, drawing for the blocks of as many rows at a time as there are lanes:
+/// one short row would leave most lanes without a block.
+template <class W, class Draws, class Prepare, class Visit, class RowDone>
+HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::Shape& shape,
+                                 ListedRows rows, const Tile& tile, const Prepare& prepare,
+                                 const Visit& visit, const RowDone& row_done) {
+  const HashParams params = weight.hash;
+  const BlockRange<W> range(weight, tile);
+  BlockList<W> list(rows, tile.rows, range.first_block, range.num_blocks);
+  Draws buffer[2];
+  buffer[0].compute(shape, params, list);
+  prepare(buffer[0]);
+  int current = 0;
+  int64_t row = 0;
+  uint32_t block = 0;
+  for (int64_t left = tile.rows * range.num_blocks; left > 0; left -= W::kLanes) {
+    const Draws& draws = buffer[current];
+    Draws& next = buffer[1 - current];
+    next.compute(shape, params, list);
+    prepare(next);
+    const int count = left < W::kLanes ? static_cast<int>(left) : W::kLanes;
+    for (int lane = 0; lane < count; ++lane) {
+      const BlockPart part(range, params, range.first_block + block);
+      visit(row, part.col, draws, next, lane, part.phase, part.stop);
+      if (++block == range.num_blocks) {
+        row_done(row);
+        block = 0;
+        ++row;
+      }
+    }
+    current = 1 - current;
   }
 }
 
@@ -150,15 +262,16 @@ struct ElementDraws {
 
 /// Visits the tile row by row, a vector of columns at a time: `visit(row, col, draws)`. The last
 /// vector may reach past the tile's last column.
-template <class W, class Visit, class RowDone>
+template <class W, class Rows, class Visit, class RowDone>
 HFH_HOST_DEVICE void walk_elements(const VirtualWeight& weight, const typename W::Shape& shape,
-                                   const Tile& tile, const Visit& visit, const RowDone& row_done) {
+                                   Rows rows, const Tile& tile, const Visit& visit,
+                                   const RowDone& row_done) {
   using Uint = typename W::Uint;
   const HashParams params = weight.hash;
   const auto* pool = static_cast<const typename W::Pool*>(weight.pool);
   const uint32_t first_col = weight.col_offset + static_cast<uint32_t>(tile.col);
   for (int64_t row = 0; row < tile.rows; ++row) {
-    const uint32_t logical_row = weight.row_offset + static_cast<uint32_t>(tile.row + row);
+    const uint32_t logical_row = rows[row];
     const Uint key_of_row = splat_uint<Uint>(row_key(logical_row, params.seed));
     const uint32_t base = window_base(logical_row, params);
     for (int64_t col = 0; col < tile.cols; col += W::kLanes) {

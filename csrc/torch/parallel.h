@@ -12,7 +12,7 @@ namespace hfh::torch_ops {
 
 /// Scratch of the calling thread, kept from call to call: fresh pages would cost more than what
 /// fills them. Each `Purpose` has its own.
-enum class Purpose { kPanels, kPackedBatch, kSlotProducts, kPatches, kPositions };
+enum class Purpose { kPanels, kPackedBatch, kSlotProducts, kPatches, kPositions, kLookup };
 
 template <Purpose purpose>
 class Scratch {

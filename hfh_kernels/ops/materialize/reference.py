@@ -50,9 +50,15 @@ def materialize_backward(
 
 def virtual_weight(pool: Tensor, theta: Tensor, rows: int, cols: int, weight: Weight) -> Tensor:
     """:func:`materialize` before the result is rounded to the pool's dtype."""
+    weight.require_coordinates(rows, cols)
+    every_row = torch.arange(rows, device=pool.device)
+    return virtual_rows(pool, theta, every_row, cols, weight)
+
+
+def virtual_rows(pool: Tensor, theta: Tensor, rows: Tensor, cols: int, weight: Weight) -> Tensor:
+    """Some rows of :func:`virtual_weight`: rows int64 [R], as [R, cols]."""
     spec = weight.hash_spec(pool.numel())
     reconstruction = weight.reconstruction()
-    weight.require_coordinates(rows, cols)
     _require_parameters(pool, theta, reconstruction, spec.num_hashes)
 
     dtype = torch.promote_types(pool.dtype, theta.dtype)
@@ -61,7 +67,7 @@ def virtual_weight(pool: Tensor, theta: Tensor, rows: int, cols: int, weight: We
     first_block, first_col = divmod(weight.col_offset, spec.block)
     last_block = -(-(weight.col_offset + cols) // spec.block)
     slots, negative = slots_of(
-        torch.arange(weight.row_offset, weight.row_offset + rows, device=pool.device),
+        rows + weight.row_offset,
         torch.arange(first_block, last_block, device=pool.device),
         spec,
     )
@@ -70,7 +76,7 @@ def virtual_weight(pool: Tensor, theta: Tensor, rows: int, cols: int, weight: We
     elements = signed[:, :, first_col : first_col + cols].reshape(spec.num_hashes, -1)
     with _no_autocast(pool.device):
         values = reconstruct(elements, theta.to(dtype), reconstruction)
-    return weight.scale * values.view(rows, cols)
+    return weight.scale * values.view(rows.shape[0], cols)
 
 
 def reconstruct(elements: Tensor, theta: Tensor, reconstruction: Reconstruction) -> Tensor:

@@ -1,0 +1,365 @@
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "torch/lookup.h"
+#include "torch/parallel.h"
+
+// hfh::embedding_bag and its gradient on the CPU.
+
+namespace hfh::torch_ops {
+
+namespace {
+
+using cpu::kernels;
+
+enum class Mode { kSum, kMean, kMax };
+
+Mode checked_mode(c10::string_view mode) {
+  TORCH_CHECK_VALUE(mode == "sum" || mode == "mean" || mode == "max",
+                    "mode must be 'sum', 'mean' or 'max', received '", mode, "'");
+  return mode == "sum" ? Mode::kSum : mode == "mean" ? Mode::kMean : Mode::kMax;
+}
+
+/// Bag b holds entries [begin(b), end(b)).
+class Bags {
+ public:
+  Bags(const at::Tensor& offsets, bool include_last_offset, int64_t num_entries) {
+    check_cpu(offsets, "offsets");
+    TORCH_CHECK_TYPE(offsets.scalar_type() == at::kLong || offsets.scalar_type() == at::kInt,
+                     "offsets must be int32 or int64, received ", offsets.scalar_type());
+    TORCH_CHECK_VALUE(offsets.dim() == 1, "offsets must be 1-d, received shape ", offsets.sizes());
+    TORCH_CHECK_VALUE(!include_last_offset || offsets.numel() > 0,
+                      "offsets must not be empty with include_last_offset");
+    const at::Tensor values = offsets.to(at::kLong).contiguous();
+    begins_.assign(values.const_data_ptr<int64_t>(),
+                   values.const_data_ptr<int64_t>() + values.numel());
+    for (size_t i = 0; i < begins_.size(); ++i) {
+      const int64_t least = i == 0 ? 0 : begins_[i - 1], most = i == 0 ? 0 : num_entries;
+      TORCH_CHECK_VALUE(begins_[i] >= least && begins_[i] <= most,
+                        "offsets must start at 0, not decrease and not exceed the ", num_entries,
+                        " indices; received ", begins_[i], " at position ", i);
+    }
+    if (!include_last_offset) begins_.push_back(num_entries);
+  }
+
+  int64_t count() const { return static_cast<int64_t>(begins_.size()) - 1; }
+  int64_t begin(int64_t bag) const { return begins_[bag]; }
+  int64_t end(int64_t bag) const { return begins_[bag + 1]; }
+  /// The bag that holds an entry, or count() for one behind the last.
+  int64_t bag_of(int64_t entry) const {
+    return std::upper_bound(begins_.begin(), begins_.end(), entry) - begins_.begin() - 1;
+  }
+
+ private:
+  std::vector<int64_t> begins_;
+};
+
+/// The factors of the entries, as double; 1 where there are none.
+class Factors {
+ public:
+  Factors(const std::optional<at::Tensor>& weights, Mode mode, const at::Tensor& indices,
+          const at::Tensor& pool) {
+    if (!weights.has_value()) return;
+    check_cpu(*weights, "per_sample_weights");
+    TORCH_CHECK_VALUE(mode == Mode::kSum, "per_sample_weights must be None unless mode is 'sum'");
+    TORCH_CHECK_VALUE(weights->sizes() == indices.sizes(),
+                      "per_sample_weights must have the shape of indices ", indices.sizes(),
+                      ", received ", weights->sizes());
+    TORCH_CHECK_TYPE(weights->scalar_type() == pool.scalar_type(),
+                     "per_sample_weights must have pool's dtype ", pool.scalar_type(),
+                     ", received ", weights->scalar_type());
+    weights_ = weights->contiguous();
+    data_ = weights_.const_data_ptr();
+  }
+
+  bool given() const { return data_ != nullptr; }
+  double operator[](int64_t i) const {
+    switch (weights_.scalar_type()) {
+      case at::kDouble:
+        return static_cast<const double*>(data_)[i];
+      case at::kBFloat16:
+        return static_cast<const c10::BFloat16*>(data_)[i];
+      default:
+        return static_cast<const float*>(data_)[i];
+    }
+  }
+
+ private:
+  at::Tensor weights_;
+  const void* data_ = nullptr;
+};
+
+/// The arguments of a call, checked.
+struct Lookup {
+  Mode mode;
+  CheckedWeight weight;
+  Table table;
+  Ranks ranks;
+  Bags bags;
+  Factors factors;
+
+  Lookup(const at::Tensor& indices, const at::Tensor& offsets, const at::Tensor& pool,
+         const at::Tensor& theta, const std::optional<at::Tensor>& dense,
+         const std::optional<at::Tensor>& permutation,
+         const std::optional<at::Tensor>& per_sample_weights, int64_t num_embeddings,
+         int64_t embedding_dim, c10::string_view mode_name, bool include_last_offset,
+         int64_t padding_idx, const WeightArguments& args)
+      : mode(checked_mode(mode_name)),
+        weight(pool, theta, checked_size(num_embeddings, "num_embeddings"),
+               checked_size(embedding_dim, "embedding_dim"), args),
+        table(weight, dense, pool),
+        ranks(indices, permutation, num_embeddings, padding_idx),
+        bags(offsets, include_last_offset, indices.numel()),
+        factors(per_sample_weights, mode, indices, pool) {
+    TORCH_CHECK_VALUE(indices.dim() == 1, "indices must be 1-d, received shape ", indices.sizes());
+  }
+
+  /// Entries of a bag that are no padding.
+  int64_t used(int64_t bag) const {
+    int64_t count = 0;
+    for (int64_t i = bags.begin(bag); i < bags.end(bag); ++i) count += ranks[i] != Ranks::kNone;
+    return count;
+  }
+};
+
+/// Reduces bags [begin, end) over columns [col, col + cols).
+template <class Scalar>
+void reduce_bags(const Lookup& lookup, RowReader& reader, int64_t begin, int64_t end, int64_t col,
+                 int64_t cols, void* out, int64_t* winners) {
+  constexpr DType kDType = std::is_same_v<Scalar, double> ? DType::kFloat64 : DType::kFloat32;
+  const int64_t width = lookup.table.cols();
+  std::vector<Scalar> sum(cols, Scalar{0}), factors(reader.entries_at_once());
+  int64_t bag = begin, used = 0;
+  const auto finish_bag = [&] {
+    if (lookup.mode == Mode::kMean && used > 1) {
+      for (Scalar& x : sum) x /= static_cast<Scalar>(used);
+    }
+    if (lookup.table.is_bfloat16()) {
+      kernels().round_to_bfloat16(reinterpret_cast<const float*>(sum.data()),
+                                  static_cast<BFloat16*>(out) + bag * width + col, cols);
+    } else {
+      std::copy(sum.begin(), sum.end(), static_cast<Scalar*>(out) + bag * width + col);
+    }
+    std::fill(sum.begin(), sum.end(), Scalar{0});
+    used = 0;
+    ++bag;
+  };
+  const int64_t last = lookup.bags.end(end - 1);
+  for (int64_t first = lookup.bags.begin(begin); first < last; first += reader.entries_at_once()) {
+    const int64_t stop = std::min(last, first + reader.entries_at_once());
+    reader.read(first, stop, col, cols);
+    if (lookup.factors.given()) {
+      for (int64_t i = 0; i < reader.count(); ++i) {
+        factors[i] = static_cast<Scalar>(lookup.factors[reader.entries()[i]]);
+      }
+    }
+    for (int64_t i = 0; bag < end; finish_bag()) {
+      const int64_t bag_begin = i, bag_end = std::min(stop, lookup.bags.end(bag));
+      while (i < reader.count() && reader.entries()[i] < bag_end) ++i;
+      used += i - bag_begin;
+      const void* const* rows = reader.rows() + bag_begin;
+      if (lookup.mode == Mode::kMax) {
+        kernels().max_rows(kDType, i - bag_begin, cols, rows, reader.ranks() + bag_begin,
+                           sum.data(), winners + bag * width + col);
+      } else {
+        kernels().add_rows(kDType, i - bag_begin, cols, rows,
+                           lookup.factors.given() ? factors.data() + bag_begin : nullptr,
+                           sum.data());
+      }
+      if (stop < lookup.bags.end(bag)) break;  // the bag goes on
+    }
+  }
+  while (bag < end) finish_bag();
+}
+
+std::tuple<at::Tensor, at::Tensor> embedding_bag(
+    const at::Tensor& indices, const at::Tensor& offsets, const at::Tensor& pool,
+    const at::Tensor& theta, const std::optional<at::Tensor>& dense,
+    const std::optional<at::Tensor>& permutation,
+    const std::optional<at::Tensor>& per_sample_weights, int64_t num_embeddings,
+    int64_t embedding_dim, c10::string_view mode, bool include_last_offset, int64_t padding_idx,
+    HFH_WEIGHT_PARAMETERS) {
+  const Lookup lookup(indices, offsets, pool, theta, dense, permutation, per_sample_weights,
+                      num_embeddings, embedding_dim, mode, include_last_offset, padding_idx,
+                      {HFH_WEIGHT_ARGUMENTS});
+  const int64_t num_bags = lookup.bags.count();
+  at::Tensor out = at::empty({num_bags, embedding_dim}, pool.options());
+  at::Tensor winners = at::full({lookup.mode == Mode::kMax ? num_bags : 0, embedding_dim},
+                                Ranks::kNone, at::dtype(at::kLong));
+  if (out.numel() == 0) return {out, winners};
+  void* data = out.mutable_data_ptr();
+  auto* winner = winners.mutable_data_ptr<int64_t>();
+  // Threads take bags with about as many entries each.
+  const int64_t entries = lookup.bags.end(num_bags - 1), threads = at::get_num_threads();
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    const auto first_bag = [&](int64_t thread) {
+      return thread == threads ? num_bags
+                               : std::min(lookup.bags.bag_of(entries * thread / threads), num_bags);
+    };
+    const int64_t begin = first == 0 ? 0 : first_bag(first), end = first_bag(last);
+    if (begin >= end) return;
+    RowReader reader(lookup.table, lookup.ranks);
+    for (int64_t col = 0; col < embedding_dim; col += reader.cols_at_once()) {
+      const int64_t cols = std::min(reader.cols_at_once(), embedding_dim - col);
+      if (lookup.weight.compute_dtype() == at::kDouble) {
+        reduce_bags<double>(lookup, reader, begin, end, col, cols, data, winner);
+      } else {
+        reduce_bags<float>(lookup, reader, begin, end, col, cols, data, winner);
+      }
+    }
+  });
+  return {out, winners};
+}
+
+/// Calls `visit(entry, bag, factor)` for entries [begin, end) that are in a bag.
+template <class Visit>
+void for_each_entry(const Lookup& lookup, int64_t begin, int64_t end, const Visit& visit) {
+  int64_t entry = begin;
+  for (int64_t bag = lookup.bags.bag_of(begin); bag < lookup.bags.count() && entry < end; ++bag) {
+    const int64_t stop = std::min(end, lookup.bags.end(bag));
+    if (entry == stop) continue;
+    const int64_t used = lookup.mode == Mode::kMean ? lookup.used(bag) : 1;
+    const double share = 1.0 / static_cast<double>(std::max<int64_t>(1, used));
+    for (; entry < stop; ++entry) {
+      visit(entry, bag, lookup.factors.given() ? lookup.factors[entry] : share);
+    }
+  }
+}
+
+/// Where the gradient of each entry is: that of its bag, or a copy of it times the entry's factor.
+template <class Gradient, class Scalar>
+void fill_gradients(const Lookup& lookup, const at::Tensor& grad, int64_t begin, int64_t end,
+                    int64_t col, int64_t cols, RowGradients& out) {
+  const auto* gradient = grad.const_data_ptr<Gradient>();
+  const bool scaled = lookup.factors.given() || lookup.mode == Mode::kMean;
+  out.data = gradient;
+  out.dtype = kernel_dtype(grad.scalar_type());
+  Scalar* computed = nullptr;
+  if (scaled) {
+    out.computed.resize((end - begin) * cols * sizeof(Scalar));
+    computed = reinterpret_cast<Scalar*>(out.computed.data());
+    out.data = computed;
+    out.dtype = kernel_dtype(c10::CppTypeToScalarType<Scalar>::value);
+  }
+  for_each_entry(lookup, begin, end, [&](int64_t entry, int64_t bag, double factor) {
+    const int64_t rank = lookup.ranks[entry];
+    if (rank == Ranks::kNone || lookup.table.is_dense(rank)) return;
+    int64_t place = bag * lookup.table.cols() + col;
+    if (scaled) {
+      const Gradient* source = gradient + place;
+      place = (entry - begin) * cols;
+      for (int64_t c = 0; c < cols; ++c) {
+        computed[place + c] = static_cast<Scalar>(factor) * static_cast<Scalar>(source[c]);
+      }
+    }
+    out.add(lookup.table.virtual_row(rank), place);
+  });
+}
+
+/// grad_weights[i] = the row of entry i times the gradient of its bag.
+template <class Gradient, class Scalar>
+at::Tensor factors_backward(const Lookup& lookup, const at::Tensor& grad) {
+  at::Tensor result = at::zeros({lookup.ranks.size()}, at::dtype(lookup.weight.compute_dtype()));
+  auto* sums = result.mutable_data_ptr<Scalar>();
+  const auto* gradient = grad.const_data_ptr<Gradient>();
+  const int64_t width = lookup.table.cols();
+  const int64_t entries = lookup.bags.count() == 0 ? 0 : lookup.bags.end(lookup.bags.count() - 1);
+  at::parallel_for(0, entries, 256, [&](int64_t begin, int64_t end) {
+    RowReader reader(lookup.table, lookup.ranks);
+    for (int64_t col = 0; col < width; col += reader.cols_at_once()) {
+      const int64_t cols = std::min(reader.cols_at_once(), width - col);
+      for (int64_t first = begin; first < end; first += reader.entries_at_once()) {
+        const int64_t stop = std::min(end, first + reader.entries_at_once());
+        reader.read(first, stop, col, cols);
+        int64_t i = 0;
+        for_each_entry(lookup, first, stop, [&](int64_t entry, int64_t bag, double) {
+          if (i == reader.count() || reader.entries()[i] != entry) return;
+          const auto* row = static_cast<const Scalar*>(reader.rows()[i++]);
+          const Gradient* other = gradient + bag * width + col;
+          Scalar sum = 0;
+          for (int64_t c = 0; c < cols; ++c) sum += row[c] * static_cast<Scalar>(other[c]);
+          sums[entry] += sum;
+        });
+      }
+    }
+  });
+  return result.to(grad.scalar_type());
+}
+
+template <class Gradient, class Scalar>
+std::tuple<WeightGradients, at::Tensor, at::Tensor> gradients_of(const Lookup& lookup,
+                                                                 const at::Tensor& grad,
+                                                                 const at::Tensor& winners) {
+  const int64_t cols = lookup.table.cols();
+  const at::Tensor none = at::empty({0}, grad.options());
+  if (lookup.mode == Mode::kMax) {
+    const auto* ranks = winners.const_data_ptr<int64_t>();
+    // Of each rank, the elements that it won.
+    at::Tensor grad_dense =
+        at::zeros({lookup.table.dense_rows(), cols}, at::dtype(lookup.weight.compute_dtype()));
+    auto* sums = grad_dense.mutable_data_ptr<Scalar>();
+    const auto* gradient = grad.const_data_ptr<Gradient>();
+    for (int64_t i = 0; grad_dense.numel() > 0 && i < winners.numel(); ++i) {
+      if (ranks[i] == Ranks::kNone || !lookup.table.is_dense(ranks[i])) continue;
+      sums[ranks[i] * cols + i % cols] += static_cast<Scalar>(gradient[i]);
+    }
+    return {elements_backward(lookup.table, winners, grad), grad_dense.to(grad.scalar_type()),
+            none};
+  }
+  const int64_t entries = lookup.bags.count() == 0 ? 0 : lookup.bags.end(lookup.bags.count() - 1);
+  const auto source = [&](int64_t begin, int64_t end, int64_t col, int64_t count,
+                          RowGradients& out) {
+    fill_gradients<Gradient, Scalar>(lookup, grad, begin, end, col, count, out);
+  };
+  const at::Tensor grad_dense = dense_backward(lookup.table, grad, [&](const AddDenseRow& add) {
+    for_each_entry(lookup, 0, entries, [&](int64_t entry, int64_t bag, double factor) {
+      add(lookup.ranks[entry], bag * cols, factor);
+    });
+  });
+  return {lookup_backward(lookup.weight, entries, source), grad_dense,
+          lookup.factors.given() ? factors_backward<Gradient, Scalar>(lookup, grad) : none};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding_bag_backward(
+    const at::Tensor& grad, const at::Tensor& winners, const at::Tensor& indices,
+    const at::Tensor& offsets, const at::Tensor& pool, const at::Tensor& theta,
+    const std::optional<at::Tensor>& dense, const std::optional<at::Tensor>& permutation,
+    const std::optional<at::Tensor>& per_sample_weights, int64_t num_embeddings,
+    c10::string_view mode, bool include_last_offset, int64_t padding_idx, HFH_WEIGHT_PARAMETERS) {
+  TORCH_CHECK_VALUE(grad.dim() == 2, "grad must be 2-d, received shape ", grad.sizes());
+  const Lookup lookup(indices, offsets, pool, theta, dense, permutation, per_sample_weights,
+                      num_embeddings, grad.size(1), mode, include_last_offset, padding_idx,
+                      {HFH_WEIGHT_ARGUMENTS});
+  check_lookup_gradient(grad, {lookup.bags.count(), grad.size(1)}, pool);
+  const at::Tensor gradient = grad.contiguous();
+  const at::Tensor best = winners.contiguous();
+  if (lookup.mode == Mode::kMax) {
+    TORCH_CHECK_VALUE(best.scalar_type() == at::kLong && best.sizes() == grad.sizes(),
+                      "winners must be int64 of grad's shape ", grad.sizes(), ", received ",
+                      best.scalar_type(), " of shape ", best.sizes());
+  }
+  const auto [of_weight, of_dense, of_factors] = [&] {
+    switch (pool.scalar_type()) {
+      case at::kDouble:
+        return gradients_of<double, double>(lookup, gradient, best);
+      case at::kBFloat16:
+        return gradients_of<c10::BFloat16, float>(lookup, gradient, best);
+      default:
+        return gradients_of<float, float>(lookup, gradient, best);
+    }
+  }();
+  return {of_weight.pool.to(pool.scalar_type()),
+          lookup.weight.theta_gradient(of_weight.theta, theta), of_dense, of_factors};
+}
+
+TORCH_LIBRARY_IMPL(hfh, CPU, m) {
+  m.impl("embedding_bag", TORCH_FN(embedding_bag));
+  m.impl("embedding_bag_backward", TORCH_FN(embedding_bag_backward));
+}
+
+}  // namespace
+
+}  // namespace hfh::torch_ops
