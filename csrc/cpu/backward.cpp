@@ -49,20 +49,38 @@ void scatter(const cpu::PoolContributions& from, uint32_t begin, uint32_t end, S
   }
 }
 
+/// Appends to the contributions.
+void backward_of_rows(const VirtualWeight& weight, const cpu::RowLookups& lookups, int64_t col,
+                      int64_t cols, const void* gradient, DType gradient_dtype, double* grad_theta,
+                      cpu::PoolContributions* out) {
+  specialize(weight, [&]<class W>(W) {
+    auto contributions = contributions_to<typename W::Scalar>(*out);
+    const TileGradient tile_gradient{gradient, lookups.place, gradient_dtype == DType::kBFloat16};
+    tile_backward<W>(weight, ListedRows{lookups.row, lookups.listed}, {0, lookups.count, col, cols},
+                     tile_gradient, grad_theta, contributions);
+    out->count = contributions.count;
+    out->length = W::kByElement ? 1 : W::kLanes;
+  });
+}
+
 }  // namespace
 
 void backward_kernel(const VirtualWeight& weight, const cpu::TileBounds& bounds,
                      const void* gradient, DType gradient_dtype, int64_t stride, double* grad_theta,
                      cpu::PoolContributions* out) {
-  specialize(weight, [&]<class W>(W) {
-    auto contributions = contributions_to<typename W::Scalar>(*out);
-    const TileGradient<Strides> tile_gradient{
-        gradient, {stride}, gradient_dtype == DType::kBFloat16};
-    tile_backward<W>(weight, rows_of(weight, bounds), bounds, tile_gradient, grad_theta,
-                     contributions);
-    out->count = contributions.count;
-    out->length = W::kByElement ? 1 : W::kLanes;
+  out->count = 0;
+  for_each_listed(weight, bounds, stride, [&](const cpu::RowLookups& lookups) {
+    backward_of_rows(weight, lookups, bounds.col, bounds.cols, gradient, gradient_dtype, grad_theta,
+                     out);
   });
+}
+
+void lookup_backward_kernel(const VirtualWeight& weight, const cpu::RowLookups& lookups,
+                            int64_t col, int64_t cols, const void* gradient, DType gradient_dtype,
+                            double* grad_theta, cpu::PoolContributions* out) {
+  out->count = 0;
+  if (lookups.count == 0 || cols == 0) return;
+  backward_of_rows(weight, lookups, col, cols, gradient, gradient_dtype, grad_theta, out);
 }
 
 void contribution_bounds_kernel(const VirtualWeight& weight, const cpu::TileBounds& bounds,

@@ -45,20 +45,19 @@ struct Contributions {
 
 template <class Scalar>
 HFH_HOST_DEVICE Contributions<Scalar> contributions_to(const cpu::PoolContributions& out) {
-  return {static_cast<Scalar*>(out.sum), out.offset, static_cast<Scalar*>(out.values), 0};
+  return {static_cast<Scalar*>(out.sum), out.offset, static_cast<Scalar*>(out.values), out.count};
 }
 
-/// The gradient of a tile, float or bfloat16 for float kernels, double for double ones. `Rows`
-/// tells where each row of it begins, counting in elements of `data`.
-template <class Rows>
+/// The gradient of a tile, float or bfloat16 for float kernels, double for double ones: row i
+/// begins at element `place[i]` of `data`.
 struct TileGradient {
   const void* data;
-  Rows rows;
+  const int64_t* place;
   bool is_bfloat16;
 
   template <class W>
   HFH_HOST_DEVICE typename W::Vector load_at(int64_t row, int64_t col) const {
-    const int64_t i = rows[row] + col;
+    const int64_t i = place[row] + col;
     if constexpr (W::kLanes > 1) {
       if (is_bfloat16) {
         return load_as<typename W::Vector>(static_cast<const BFloat16*>(data) + i);
@@ -68,23 +67,17 @@ struct TileGradient {
   }
   template <class W>
   HFH_HOST_DEVICE typename W::Scalar element(int64_t row, int64_t col) const {
-    const int64_t i = rows[row] + col;
+    const int64_t i = place[row] + col;
     if (W::kLanes > 1 && is_bfloat16) return to_float(static_cast<const BFloat16*>(data)[i]);
     return static_cast<const typename W::Scalar*>(data)[i];
   }
 };
 
-/// Rows that begin `stride` elements apart.
-struct Strides {
-  int64_t stride;
-  HFH_HOST_DEVICE int64_t operator[](int64_t row) const { return row * stride; }
-};
-
 /// Adds the tile's gradient to that of g's parameters (`grad_theta`, double) and of the pool. Row i
 /// of the tile is `rows[i]` of the weight.
-template <class W, class Rows, class Gradient>
-HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, Rows rows, const Tile& tile,
-                                   const Gradient& gradient, double* grad_theta,
+template <class W>
+HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, ListedRows rows, const Tile& tile,
+                                   const TileGradient& gradient, double* grad_theta,
                                    Contributions<typename W::Scalar>& out) {
   using Vector = typename W::Vector;
   using Uint = typename W::Uint;
@@ -97,7 +90,6 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, Rows rows, const
   Vector sums[kMaxTheta];
   const int size = theta_size_of(shape);
   for (int i = 0; i < size; ++i) sums[i] = Vector{};
-  out.count = 0;
 
   // Columns outside the tile (ragged ends) count as zero, whatever the pool holds there.
   const auto masked = [&](Vector x, int64_t col) {
@@ -144,13 +136,14 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, Rows rows, const
     walk_elements<W>(weight, shape, rows, tile, visit, row_done);
   } else {
     using Draws = BlockDraws<W>;
-    const auto visit = [&](int64_t row, int64_t col, const Draws& draws, const Draws& next,
-                           int lane, uint32_t phase, uint32_t stop) {
+    const auto visit = [&](int64_t row, int64_t col, const Draws& draws, int lane,
+                           const Draws& ahead, int ahead_lane, uint32_t phase, uint32_t stop) {
       for (; phase < stop; phase += W::kLanes, col += W::kLanes) {
         Vector a[W::kHashesBound], grad_a[W::kHashesBound];
         for (int u = 0; u < shape.num_hashes(); ++u) {
-          __builtin_prefetch(pool + next.offset[u][lane] + phase);
-          if (out.sum != nullptr) __builtin_prefetch(out.sum + next.offset[u][lane] + phase, 1);
+          const uint32_t ahead_offset = ahead.offset[u][ahead_lane] + phase;
+          __builtin_prefetch(pool + ahead_offset);
+          if (out.sum != nullptr) __builtin_prefetch(out.sum + ahead_offset, 1);
           a[u] = flip_sign(load_as<Vector>(pool + draws.offset[u][lane] + phase),
                            splat_uint<Uint>(draws.sign[u][lane]));
         }

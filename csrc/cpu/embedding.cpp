@@ -1,29 +1,9 @@
 #include "cpu/declarations.h"
-#include "cpu/forward.h"
-#include "cpu/specialize.h"
+#include "cpu/lanes.h"
 
 HFH_NAMESPACE_BEGIN
 
 namespace {
-
-template <class Scalar>
-struct ListedPlaces {
-  Scalar* out;
-  const int64_t* place;
-  HFH_HOST_DEVICE Scalar* operator[](int64_t row) const { return out + place[row]; }
-};
-
-/// `StoreSink` that can go past the caches.
-template <class W>
-struct LookupSink : StoreSink<W, ListedPlaces<typename W::Scalar>> {
-  bool past_caches;
-
-  HFH_HOST_DEVICE void begin_block() {}
-  HFH_HOST_DEVICE void vector(int64_t row, int64_t col, typename W::Vector value) {
-    auto* target = this->out[row] + col;
-    past_caches ? stream(target, value) : store(target, value);
-  }
-};
 
 /// kVectors vectors of columns, summed in registers.
 template <class Lanes, int kVectors, class Scalar>
@@ -77,20 +57,6 @@ void max_rows(int64_t count, int64_t cols, const void* const* rows, const int64_
 }
 
 }  // namespace
-
-void lookup_kernel(const VirtualWeight& weight, const cpu::RowLookups& lookups, int64_t col,
-                   int64_t cols, void* out, bool past_caches) {
-  if (lookups.count == 0 || cols == 0) return;
-  specialize(weight, [&]<class W>(W) {
-    constexpr int64_t kVectorBytes = sizeof(typename W::Vector);
-    const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 &&
-                         cols % W::kLanes == 0 && (weight.col_offset + col) % W::kLanes == 0;
-    LookupSink<W> sink{{{static_cast<typename W::Scalar*>(out), lookups.place}, cols},
-                       past_caches && aligned};
-    reconstruct_tile<W>(weight, ListedRows{lookups.row}, {0, lookups.count, col, cols}, sink);
-    if (sink.past_caches) fence_streams();
-  });
-}
 
 void add_rows_kernel(DType dtype, int64_t count, int64_t cols, const void* const* rows,
                      const void* factor, void* sum) {

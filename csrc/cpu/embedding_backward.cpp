@@ -6,11 +6,6 @@ HFH_NAMESPACE_BEGIN
 
 namespace {
 
-struct ListedPlaces {
-  const int64_t* place;
-  HFH_HOST_DEVICE int64_t operator[](int64_t row) const { return place[row]; }
-};
-
 /// Each lane has a row and a column of its own.
 template <class W>
 void elements_backward(const VirtualWeight& weight, const cpu::ElementGradients& elements,
@@ -63,24 +58,9 @@ void elements_backward(const VirtualWeight& weight, const cpu::ElementGradients&
 
 }  // namespace
 
-void lookup_backward_kernel(const VirtualWeight& weight, const cpu::RowLookups& lookups,
-                            int64_t col, int64_t cols, const void* gradient, DType gradient_dtype,
-                            double* grad_theta, cpu::PoolContributions* out) {
-  out->count = 0;
-  if (lookups.count == 0 || cols == 0) return;
-  specialize(weight, [&]<class W>(W) {
-    auto contributions = contributions_to<typename W::Scalar>(*out);
-    const TileGradient<ListedPlaces> tile_gradient{
-        gradient, {lookups.place}, gradient_dtype == DType::kBFloat16};
-    tile_backward<W>(weight, ListedRows{lookups.row}, {0, lookups.count, col, cols}, tile_gradient,
-                     grad_theta, contributions);
-    out->count = contributions.count;
-    out->length = W::kByElement ? 1 : W::kLanes;
-  });
-}
-
 void elements_backward_kernel(const VirtualWeight& weight, const cpu::ElementGradients& elements,
                               double* grad_theta, cpu::PoolContributions* out) {
+  out->count = 0;
   const auto run = [&]<class W>(W) {
     auto contributions = contributions_to<typename W::Scalar>(*out);
     elements_backward<W>(weight, elements, grad_theta, contributions);

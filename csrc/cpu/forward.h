@@ -51,8 +51,8 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, co
     using Draws = SignedDraws<W>;
     const auto* pool = static_cast<const typename W::Pool*>(weight.pool);
     const auto prepare = [&](Draws& draws) { draws.fold_signs(shape, theta.values); };
-    const auto visit = [&](int64_t row, int64_t col, const Draws& draws, const Draws& next,
-                           int lane, uint32_t phase, uint32_t stop) {
+    const auto visit = [&](int64_t row, int64_t col, const Draws& draws, int lane,
+                           const Draws& ahead, int ahead_lane, uint32_t phase, uint32_t stop) {
       sink.begin_block();
       constexpr bool kInRegisters = W::kFirstBound <= 16;
       Vector signed_first[kInRegisters ? W::kFirstBound : 1];
@@ -69,15 +69,15 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, co
       };
       const auto* begin = pool + phase;
       const auto count = static_cast<ptrdiff_t>(stop - phase);
-      const typename W::Pool *source[W::kHashesBound], *next_source[W::kHashesBound];
+      const typename W::Pool *source[W::kHashesBound], *ahead_source[W::kHashesBound];
       for (int u = 0; u < shape.num_hashes(); ++u) {
         source[u] = begin + draws.offset[u][lane];
-        next_source[u] = begin + next.offset[u][lane];
+        ahead_source[u] = begin + ahead.offset[u][ahead_lane];
       }
       const auto value_at = [&](ptrdiff_t i) {
         Vector a[W::kHashesBound];
         for (int u = 0; u < shape.num_hashes(); ++u) {
-          __builtin_prefetch(next_source[u] + i);
+          __builtin_prefetch(ahead_source[u] + i);
           a[u] = load_as<Vector>(source[u] + i);
         }
         return reconstruct<Vector>(shape, first, theta.values, a);
@@ -91,40 +91,6 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, co
     walk_blocks<W, Draws>(weight, shape, rows, tile, prepare, visit, row_done);
   }
 }
-
-template <class W, class Sink>
-HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, const Tile& tile, Sink& sink) {
-  reconstruct_tile<W>(weight, rows_of(weight, tile), tile, sink);
-}
-
-/// Rows of a matrix, `stride` elements apart.
-template <class Scalar>
-struct StridedRows {
-  Scalar* first;
-  int64_t stride;
-  HFH_HOST_DEVICE Scalar* operator[](int64_t row) const { return first + row * stride; }
-};
-
-/// Writes the tile to memory, row i to `out[i]`, and nothing outside it.
-template <class W, class Out = StridedRows<typename W::Scalar>>
-struct StoreSink {
-  Out out;
-  int64_t cols;
-  cpu::Meanwhile meanwhile = {};
-
-  HFH_HOST_DEVICE void begin_block() { meanwhile(); }
-  HFH_HOST_DEVICE void vector(int64_t row, int64_t col, typename W::Vector value) {
-    store(out[row] + col, value);
-  }
-  __attribute__((noinline)) void edge(int64_t row, int64_t col, typename W::Vector value) {
-    typename W::Scalar lanes[W::kLanes];
-    store(lanes, value);
-    for (int i = 0; i < W::kLanes; ++i) {
-      if (col + i >= 0 && col + i < cols) out[row][col + i] = lanes[i];
-    }
-  }
-  HFH_HOST_DEVICE void row_done(int64_t) {}
-};
 
 /// Multiplies each row with one input vector as it is reconstructed: batch 1.
 template <class W>

@@ -63,11 +63,12 @@ struct PoolContributions {
 };
 
 /// Rows of a virtual weight looked up: entry i is row `row[i]` of it, `row_offset` included, and
-/// belongs at element `place[i]` of an array.
+/// belongs at element `place[i]` of an array. Of the `listed` rows those after `count` come later:
+/// what they need is fetched ahead.
 struct RowLookups {
   const uint32_t* row;
   const int64_t* place;
-  int64_t count;
+  int64_t count, listed;
 };
 
 /// Single elements of a virtual weight and the gradient of each (double for double kernels).

@@ -12,7 +12,8 @@ void single_input(const VirtualWeight& weight, const cpu::LinearBatch& args, int
   specialize(weight, [&]<class W>(W) {
     if constexpr (W::kLanes > 1) {  // float64 never comes here
       DotSink<W> sink{args.input, args.output + row_begin, args.in_features};
-      reconstruct_tile<W>(weight, {row_begin, row_end - row_begin, 0, args.in_features}, sink);
+      const Tile tile{row_begin, row_end - row_begin, 0, args.in_features};
+      reconstruct_tile<W>(weight, rows_of(weight, tile), tile, sink);
     }
   });
   for (int64_t row = row_begin; args.bias != nullptr && row < row_end; ++row) {

@@ -61,14 +61,31 @@ struct NeighbouringRows {
   HFH_HOST_DEVICE uint32_t operator[](int64_t i) const { return first + static_cast<uint32_t>(i); }
 };
 
-/// The logical rows of a tile, in any order.
+/// The logical rows of a tile, in any order, and perhaps some that come after.
 struct ListedRows {
   const uint32_t* rows;
+  int64_t count;
   HFH_HOST_DEVICE uint32_t operator[](int64_t i) const { return rows[i]; }
 };
 
 HFH_HOST_DEVICE NeighbouringRows rows_of(const VirtualWeight& weight, const Tile& tile) {
   return {weight.row_offset + static_cast<uint32_t>(tile.row)};
+}
+
+/// Calls `f(lookups)` for the rows of a tile, some at a time; their places are `stride` apart. The
+/// rows below are listed too: they tend to come next.
+template <class F>
+void for_each_listed(const VirtualWeight& weight, const Tile& tile, int64_t stride, const F& f) {
+  constexpr int64_t kRowsAtOnce = 64, kRowsAhead = 16;
+  uint32_t row[kRowsAtOnce + kRowsAhead];
+  int64_t place[kRowsAtOnce];
+  const NeighbouringRows rows = rows_of(weight, tile);
+  for (int64_t first = 0; first < tile.rows; first += kRowsAtOnce) {
+    const int64_t count = tile.rows - first < kRowsAtOnce ? tile.rows - first : kRowsAtOnce;
+    for (int64_t i = 0; i < count + kRowsAhead; ++i) row[i] = rows[first + i];
+    for (int64_t i = 0; i < count; ++i) place[i] = (first + i) * stride;
+    f(cpu::RowLookups{row, place, count, count + kRowsAhead});
+  }
 }
 
 /// `window_base` of the row in each lane.
@@ -84,15 +101,14 @@ HFH_HOST_DEVICE Uint window_bases(Uint row, const HashParams& params) {
 template <class W>
 struct BlockList {
   ListedRows rows;
-  int64_t num_rows;
   uint32_t first_block, num_blocks;
   int64_t row = 0;
   uint32_t block = 0;
   alignas(64) uint32_t row_lanes[W::kLanes];
   alignas(64) uint32_t block_lanes[W::kLanes];
 
-  BlockList(ListedRows rows, int64_t num_rows, uint32_t first_block, uint32_t num_blocks)
-      : rows(rows), num_rows(num_rows), first_block(first_block), num_blocks(num_blocks) {}
+  BlockList(ListedRows rows, uint32_t first_block, uint32_t num_blocks)
+      : rows(rows), first_block(first_block), num_blocks(num_blocks) {}
 
   HFH_HOST_DEVICE void take() {
     for (int lane = 0; lane < W::kLanes; ++lane) {
@@ -100,7 +116,7 @@ struct BlockList {
       block_lanes[lane] = first_block + block;
       if (++block < num_blocks) continue;
       block = 0;
-      if (row + 1 < num_rows) ++row;
+      if (row + 1 < rows.count) ++row;
     }
   }
 };
@@ -177,9 +193,8 @@ struct BlockPart {
 };
 
 /// Visits the tile row by row, blocks in order. `prepare(draws)` sees each group of draws before
-/// its blocks; `visit(row, col, draws, next, lane, phase, stop)` sees each block, as a `BlockPart`
-/// has it. `next` is the group after, drawn already so that its lines can
-/// be prefetched.
+/// its blocks; `visit(row, col, draws, lane, ahead, ahead_lane, phase, stop)` sees each block, as a
+/// `BlockPart` has it, and one that comes later, whose lines can be prefetched.
 template <class W, class Draws, class Prepare, class Visit, class RowDone>
 HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::Shape& shape,
                                  NeighbouringRows rows, const Tile& tile, const Prepare& prepare,
@@ -210,7 +225,7 @@ HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::
       const int blocks = blocks_left < W::kLanes ? static_cast<int>(blocks_left) : W::kLanes;
       for (int lane = 0; lane < blocks; ++lane) {
         const BlockPart part(range, params, first + lane);
-        visit(row, part.col, draws, next, lane, part.phase, part.stop);
+        visit(row, part.col, draws, lane, next, lane, part.phase, part.stop);
       }
       current = 1 - current;
     }
@@ -225,8 +240,10 @@ HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::
                                  ListedRows rows, const Tile& tile, const Prepare& prepare,
                                  const Visit& visit, const RowDone& row_done) {
   const HashParams params = weight.hash;
+  // More would crowd the tile that is being written out of the first-level cache.
+  constexpr int kBlocksAhead = W::kLanes / 4;
   const BlockRange<W> range(weight, tile);
-  BlockList<W> list(rows, tile.rows, range.first_block, range.num_blocks);
+  BlockList<W> list(rows, range.first_block, range.num_blocks);
   Draws buffer[2];
   buffer[0].compute(shape, params, list);
   prepare(buffer[0]);
@@ -241,7 +258,9 @@ HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::
     const int count = left < W::kLanes ? static_cast<int>(left) : W::kLanes;
     for (int lane = 0; lane < count; ++lane) {
       const BlockPart part(range, params, range.first_block + block);
-      visit(row, part.col, draws, next, lane, part.phase, part.stop);
+      const int later = lane + kBlocksAhead;
+      visit(row, part.col, draws, lane, later < W::kLanes ? draws : next, later % W::kLanes,
+            part.phase, part.stop);
       if (++block == range.num_blocks) {
         row_done(row);
         block = 0;

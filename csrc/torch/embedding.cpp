@@ -41,7 +41,7 @@ void look_up(const Table& table, const Ranks& ranks, int64_t begin, int64_t end,
         places[count++] = i * cols;
       }
     }
-    kernels().lookup(table.weight().get(), {rows, places, count}, 0, cols, out,
+    kernels().lookup(table.weight().get(), {rows, places, count, count}, 0, cols, out,
                      ranks.size() * row_bytes >= kPastCachesBytes);
   }
 }

@@ -111,8 +111,9 @@ void RowReader::read(int64_t begin, int64_t end, int64_t col, int64_t cols) {
     }
     ++count_;
   }
-  kernels().lookup(table_.weight().get(), {virtual_rows_.data(), places_.data(), num_virtual}, col,
-                   cols, scratch_, false);
+  kernels().lookup(table_.weight().get(),
+                   {virtual_rows_.data(), places_.data(), num_virtual, num_virtual}, col, cols,
+                   scratch_, false);
 }
 
 at::Tensor dense_backward(const Table& table, const at::Tensor& grad,

@@ -67,9 +67,9 @@ class EntryTiles {
     rows.place.resize(entries_);
     rows.count = 0;
     source_(begin, end, col, cols, rows);
-    kernels().lookup_backward(weight_.get(), {rows.row.data(), rows.place.data(), rows.count}, col,
-                              cols, rows.data, rows.dtype, work.grad_theta.data(),
-                              &work.contributions);
+    kernels().lookup_backward(
+        weight_.get(), {rows.row.data(), rows.place.data(), rows.count, rows.count}, col, cols,
+        rows.data, rows.dtype, work.grad_theta.data(), &work.contributions);
   }
 
  private:
