@@ -24,7 +24,14 @@ from torch.nn import functional as F
 
 from bench.candidates import Candidate
 from bench.linear import RESULTS, medians
-from bench.shapes import EMBEDDING_DIM, LOOKUP_ROWS, NUM_EMBEDDINGS, NUM_INDICES, LookupRow
+from bench.shapes import (
+    EMBEDDING_DIM,
+    LARGE_NUM_EMBEDDINGS,
+    LOOKUP_ROWS,
+    NUM_EMBEDDINGS,
+    NUM_INDICES,
+    LookupRow,
+)
 from hfh import machine
 from hfh_kernels.nn import HFHEmbedding, HFHEmbeddingBag
 
@@ -95,6 +102,11 @@ def measure(row: LookupRow, table: torch.nn.Parameter, seconds: float) -> dict[s
             "hfh": step(candidates["hfh"], torch.optim.Adam(own)),
         },
     }
+    if row.num_embeddings > NUM_EMBEDDINGS:
+        # Of a table this large neither a gradient nor a copy fits every machine.
+        look_ups = runs["forward"]
+        del look_ups["materialize + look up"]
+        runs = {"forward": look_ups}
     results = {}
     for what, functions in runs.items():
         # Apart, so that a run of seconds does not leave the others with a handful of repeats.
@@ -122,7 +134,7 @@ def third_party(row: LookupRow) -> dict[str, Lookup]:
         pass
     else:
         if not row.bag_size:
-            num_rows = NUM_EMBEDDINGS // row.compression
+            num_rows = row.pool().weight.numel() // EMBEDDING_DIM
             hash_embed = thinc.api.HashEmbed(EMBEDDING_DIM, num_rows)
             hash_embed.initialize()
             found["thinc HashEmbed"] = lambda indices: hash_embed.predict(
@@ -136,7 +148,7 @@ def third_party(row: LookupRow) -> dict[str, Lookup]:
         if row.bag_size:
             location = tbe.EmbeddingLocation.HOST
             table = tbe.SplitTableBatchedEmbeddingBagsCodegen(
-                [(NUM_EMBEDDINGS, EMBEDDING_DIM, location, tbe.ComputeDevice.CPU)],
+                [(row.num_embeddings, EMBEDDING_DIM, location, tbe.ComputeDevice.CPU)],
                 device=torch.device("cpu"),
             )
             offsets = torch.arange(0, NUM_INDICES + 1, row.bag_size)
@@ -162,12 +174,18 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
-    table = torch.nn.Parameter(torch.empty(NUM_EMBEDDINGS, EMBEDDING_DIM).normal_())
-    rows = [measure(row, table, 0.2 if arguments.quick else 0.6) for row in LOOKUP_ROWS]
+    rows = []
+    for num_embeddings in (NUM_EMBEDDINGS, LARGE_NUM_EMBEDDINGS):
+        table = torch.nn.Parameter(torch.empty(num_embeddings, EMBEDDING_DIM).normal_())
+        rows += [
+            measure(row, table, 0.2 if arguments.quick else 0.6)
+            for row in LOOKUP_ROWS
+            if row.num_embeddings == num_embeddings
+        ]
     report = {
         "machine": machine.describe(),
         "quick": arguments.quick,
-        "num_embeddings": NUM_EMBEDDINGS,
+        "num_embeddings": [NUM_EMBEDDINGS, LARGE_NUM_EMBEDDINGS],
         "embedding_dim": EMBEDDING_DIM,
         "num_indices": NUM_INDICES,
         "rows": rows,
@@ -177,7 +195,7 @@ def main() -> None:
         for what, result in row["results"].items():
             target = f" (<= {result['target']})" if result["target"] else ""
             times = ", ".join(f"{name} {1e3 * s:.2f}" for name, s in result["seconds"].items())
-            print(f"{row['row']:26} {what:18} {result['ratio']:.3f}{target}; ms: {times}")
+            print(f"{row['row']:42} {what:18} {result['ratio']:.3f}{target}; ms: {times}")
     print(f"peak memory: {report['peak_memory']}")
     if not arguments.quick:
         slug = re.sub(r"[^a-z0-9]+", "-", report["machine"]["processor"].lower()).strip("-")

@@ -85,7 +85,8 @@ def embedding_table(report: dict[str, Any]) -> str:
         return text if sparse == ratio else f"{text} ({sparse:.2f})"
 
     for row in report["rows"]:
-        cells = (cell(row["results"][what]) for what in timed)
+        results = row["results"]
+        cells = (cell(results[what]) if what in results else "" for what in timed)
         lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
     memory = report["peak_memory"]["embedding"]
     machine = report["machine"]

@@ -121,6 +121,8 @@ CONVOLUTIONS = (
 
 
 NUM_EMBEDDINGS, EMBEDDING_DIM = 1_000_000, 64
+LARGE_NUM_EMBEDDINGS = 10_000_000
+"""2.4 GiB in float32: more than a last-level cache holds."""
 NUM_INDICES = 65_536
 
 
@@ -134,17 +136,18 @@ class LookupRow:
     num_hashes: int = 4
     width: int = 4
     block: int = 32
-    compression: int = 100
+    num_embeddings: int = NUM_EMBEDDINGS
     targets: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
     """Time relative to the dense operator, by what is timed."""
 
     def pool(self) -> Pool:
-        return Pool(NUM_EMBEDDINGS * EMBEDDING_DIM // self.compression)
+        """Of 1/100 of the smaller table, whatever the table."""
+        return Pool(NUM_EMBEDDINGS * EMBEDDING_DIM // 100)
 
     def layer(self, pool: Pool) -> HFHEmbedding | HFHEmbeddingBag:
         kind = functools.partial(HFHEmbeddingBag, mode="sum") if self.bag_size else HFHEmbedding
         return kind(
-            NUM_EMBEDDINGS,
+            self.num_embeddings,
             EMBEDDING_DIM,
             pool=pool,
             num_hashes=self.num_hashes,
@@ -154,7 +157,7 @@ class LookupRow:
         )
 
     def indices(self) -> torch.Tensor:
-        return torch.randint(NUM_EMBEDDINGS, (NUM_INDICES,))
+        return torch.randint(self.num_embeddings, (NUM_INDICES,))
 
     def arguments(self, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A layer's: the indices, and where bags begin."""
@@ -177,4 +180,10 @@ LOOKUP_ROWS = (
     LookupRow("embedding, depth 1", depth=1),
     BAG,
     LookupRow("bags of 32, sum, depth 1", bag_size=32, depth=1),
+    LookupRow("embedding, depth 2, 10,000,000 rows", num_embeddings=LARGE_NUM_EMBEDDINGS),
+    LookupRow(
+        "bags of 32, sum, depth 2, 10,000,000 rows",
+        bag_size=32,
+        num_embeddings=LARGE_NUM_EMBEDDINGS,
+    ),
 )
