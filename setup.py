@@ -53,6 +53,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/patches.cpp",
     "csrc/cpu/reconstruct.cpp",
     "csrc/cpu/slots.cpp",
+    "csrc/cpu/slots_backward.cpp",
     "csrc/cpu/table.cpp",
 ]
 # Capabilities that only add something to the one before.

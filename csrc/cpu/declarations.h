@@ -27,6 +27,19 @@ void batch_slot_products_kernel(const VirtualWeight&, const cpu::BatchSlotProduc
 void add_batch_slot_products_kernel(const VirtualWeight&, const cpu::BatchSlotProducts&,
                                     float* output, int64_t stride, int64_t batch, int64_t row_begin,
                                     int64_t row_end);
+void scatter_slots_kernel(const VirtualWeight&, const cpu::BatchSlotProducts& sums,
+                          const float* grad_turned, int64_t row_begin, int64_t row_end,
+                          int64_t block_begin, int64_t block_end);
+void slots_backward_input_kernel(const VirtualWeight&, const cpu::BatchSlotProducts& sums,
+                                 int64_t block_begin, int64_t block_end, float* grad_input,
+                                 int64_t stride, int64_t batch);
+void slots_backward_pool_kernel(const VirtualWeight&, const cpu::BatchSlotProducts& sums,
+                                const float* input, int64_t stride, int64_t batch,
+                                int64_t slot_begin, int64_t slot_end, float* grad_pool);
+void slots_backward_theta_kernel(const VirtualWeight&, const cpu::BatchSlotProducts& products,
+                                 const float* grad_turned, int64_t row_begin, int64_t row_end,
+                                 double* grad_theta);
+bool all_finite_kernel(const float* values, int64_t count);
 void backward_kernel(const VirtualWeight&, const cpu::TileBounds&, const void* gradient,
                      DType gradient_dtype, int64_t stride, double* grad_theta,
                      cpu::PoolContributions*);

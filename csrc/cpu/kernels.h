@@ -111,8 +111,8 @@ struct Kernels {
                             int64_t row_begin, int64_t row_end);
 
   /// The same for up to BatchSlotProducts::kInputs inputs, which `turn_inputs` lays side by side,
-  /// zero where there are fewer: turned[col * kInputs + input]. `inputs` are those of its blocks;
-  /// cols is a multiple of the block.
+  /// zero where there are fewer: turned[col * kInputs + input], with room for a multiple of the
+  /// lanes. `inputs` are those of its blocks.
   void (*turn_inputs)(const float* input, int64_t stride, int64_t batch, int64_t cols,
                       float* turned);
   void (*batch_slot_products)(const VirtualWeight&, const BatchSlotProducts&, const float* inputs,
@@ -120,6 +120,27 @@ struct Kernels {
   void (*add_batch_slot_products)(const VirtualWeight&, const BatchSlotProducts&, float* output,
                                   int64_t stride, int64_t batch, int64_t row_begin,
                                   int64_t row_end);
+
+  /// Backward through those products; see slots_backward.cpp. Adds to `sums`, laid out like the
+  /// products, what rows [row_begin, row_end) pass on to blocks [block_begin, block_end):
+  /// `grad_turned` is the gradient of their outputs, side by side, from row_begin on.
+  void (*scatter_slots)(const VirtualWeight&, const BatchSlotProducts& sums,
+                        const float* grad_turned, int64_t row_begin, int64_t row_end,
+                        int64_t block_begin, int64_t block_end);
+  /// Writes those blocks of the gradient of the input.
+  void (*slots_backward_input)(const VirtualWeight&, const BatchSlotProducts& sums,
+                               int64_t block_begin, int64_t block_end, float* grad_input,
+                               int64_t stride, int64_t batch);
+  /// Adds to slots [slot_begin, slot_end) of the pool's gradient; `input` is at the first block.
+  void (*slots_backward_pool)(const VirtualWeight&, const BatchSlotProducts& sums,
+                              const float* input, int64_t stride, int64_t batch, int64_t slot_begin,
+                              int64_t slot_end, float* grad_pool);
+  /// Adds to the gradient of g's parameters.
+  void (*slots_backward_theta)(const VirtualWeight&, const BatchSlotProducts& products,
+                               const float* grad_turned, int64_t row_begin, int64_t row_end,
+                               double* grad_theta);
+
+  bool (*all_finite)(const float* values, int64_t count);
 
   /// Given the tile's gradient (`gradient_dtype`, row-major with `stride`), adds to that of g's
   /// parameters and to the pool's, or lists that: `contribution_bounds` says how much it can be.

@@ -1,3 +1,5 @@
+#include "cpu/slots.h"
+
 #include "cpu/declarations.h"
 #include "cpu/lanes.h"
 #include "cpu/multiply.h"
@@ -29,9 +31,6 @@ void transpose_slots(const Pool* pool, int64_t block, int64_t slots, float* rows
     }
   }
 }
-
-constexpr int kBatchLanes = cpu::BatchSlotProducts::kInputs;
-constexpr int kBatchVectors = kBatchLanes / kFloatLanes;
 
 /// values[s][m] = <slot s, column m of inputs>, for kRows slots.
 template <int kRows, class Pool>
@@ -178,7 +177,12 @@ void turn_inputs_kernel(const float* input, int64_t stride, int64_t batch, int64
     for (int64_t m = 0; m < kBatchLanes; m += kFloatLanes) {
       float rows[kFloatLanes][kFloatLanes] = {};
       for (int64_t i = 0; i < kFloatLanes && m + i < batch; ++i) {
-        store(rows[i], load<FloatVector>(input + (m + i) * stride + k));
+        const float* source = input + (m + i) * stride + k;
+        if (cols - k >= kFloatLanes) {
+          store(rows[i], load<FloatVector>(source));
+        } else {
+          for (int64_t j = 0; j < cols - k; ++j) rows[i][j] = source[j];
+        }
       }
       transpose_square(rows[0], kFloatLanes, turned + k * kBatchLanes + m, kBatchLanes);
     }
@@ -189,38 +193,23 @@ void add_batch_slot_products_kernel(const VirtualWeight& weight,
                                     const cpu::BatchSlotProducts& products, float* output,
                                     int64_t stride, int64_t batch, int64_t row_begin,
                                     int64_t row_end) {
-  const HashParams params = weight.hash;
-  const auto* theta = static_cast<const float*>(weight.theta);
-  const uint32_t first_block =
-      (weight.col_offset >> params.log2_block) + static_cast<uint32_t>(products.first_block);
+  const SignedFactors theta(weight);
   for (int64_t row = row_begin; row < row_end; row += kFloatLanes) {
     const int64_t rows = row_end - row < kFloatLanes ? row_end - row : kFloatLanes;
-    // Rows past the last have keys too; what they add up is dropped below.
-    uint32_t keys[kFloatLanes], bases[kFloatLanes];
-    for (int i = 0; i < kFloatLanes; ++i) {
-      const uint32_t logical_row = weight.row_offset + static_cast<uint32_t>(row + i);
-      keys[i] = row_key(logical_row, params.seed);
-      bases[i] = window_base(logical_row, params);
-    }
     float sums[kBatchVectors][kFloatLanes][kFloatLanes] = {};
     for (int64_t b = 0; b < products.num_blocks; ++b) {
-      const UintVector key = weight_key(
-          load<UintVector>(keys), splat_uint<UintVector>(first_block + static_cast<uint32_t>(b)));
+      const RowDraws draws(weight, row, logical_block(weight, products, b), theta);
       const float* values = products.values + b * products.num_slots * kBatchLanes;
-      for (int u = 0; u < params.num_hashes; ++u) {
-        const Draw<UintVector> one = draw(key, hash_lane(u), load<UintVector>(bases), params);
-        uint32_t slots[kFloatLanes];
-        float factors[kFloatLanes];
-        store(slots, one.slot);
-        store(factors, flip_sign(splat<FloatVector>(theta[u]), one.sign));
-        for (int i = 0; i < kFloatLanes; ++i) {
-          const float* product = values + int64_t{slots[i]} * kBatchLanes;
+      for (int64_t i = 0; i < kFloatLanes; ++i) {
+        FloatVector sum[kBatchVectors];
+        for (int v = 0; v < kBatchVectors; ++v) sum[v] = load<FloatVector>(sums[v][i]);
+        for (int u = 0; u < weight.hash.num_hashes; ++u) {
+          const float* product = values + int64_t{draws.slots[u][i]} * kBatchLanes;
           for (int v = 0; v < kBatchVectors; ++v) {
-            const FloatVector sum = load<FloatVector>(sums[v][i]) +
-                                    factors[i] * load<FloatVector>(product + v * kFloatLanes);
-            store(sums[v][i], sum);
+            sum[v] += draws.factors[u][i] * load<FloatVector>(product + v * kFloatLanes);
           }
         }
+        for (int v = 0; v < kBatchVectors; ++v) store(sums[v][i], sum[v]);
       }
     }
     for (int v = 0; v < kBatchVectors; ++v) {

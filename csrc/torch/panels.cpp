@@ -105,7 +105,8 @@ void fused_backward_input(const CheckedWeight& weight, const at::Tensor& grad_ou
                               grad_output.size(0),
                               weight.rows(),
                               weight.cols()};
-  if (!matrix_unit_backward_input(weight.get(), args)) {
+  if (!slot_products_backward_input(weight.get(), args) &&
+      !matrix_unit_backward_input(weight.get(), args)) {
     parallel_stretches(
         weight.cols(), share_of_thread(weight.cols()), [&](int64_t begin, int64_t end) {
           kernels().linear_backward_input(weight.get(), args, begin, end, linear_scratch());

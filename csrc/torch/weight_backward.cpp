@@ -7,6 +7,7 @@
 #include "torch/matrix_unit.h"
 #include "torch/panels.h"
 #include "torch/parallel.h"
+#include "torch/slot_products.h"
 
 namespace hfh::torch_ops {
 
@@ -250,6 +251,18 @@ void add_weight_backward(const CheckedWeight& weight, const at::Tensor& gradient
 
 void add_weight_backward(const CheckedWeight& weight, const at::Tensor& grad_output,
                          const at::Tensor& input, WeightGradients& sum) {
+  if (input.scalar_type() == at::kFloat) {
+    const cpu::LinearBatch args{input.const_data_ptr<float>(),
+                                nullptr,
+                                nullptr,
+                                input.size(0),
+                                weight.cols(),
+                                weight.rows()};
+    if (slot_products_backward_weight(weight.get(), args, grad_output.const_data_ptr<float>(),
+                                      sum.pool.mutable_data_ptr<float>(), sum.theta)) {
+      return;
+    }
+  }
   if (input.scalar_type() != at::kFloat || !prefers_matrix_unit(input.size(0))) {
     ProductGradient source(grad_output, input);
     return add_backward(weight, source, sum);
