@@ -29,6 +29,7 @@ TORCH_SOURCES = [
     "csrc/torch/convolution_geometry.cpp",
     "csrc/torch/gemm.cpp",
     "csrc/torch/matrix_unit.cpp",
+    "csrc/torch/matrix_unit_convolution.cpp",
     "csrc/torch/module.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/panels.cpp",
@@ -49,7 +50,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/table.cpp",
 ]
 # Capabilities that only add something to the one before.
-ADDED_SOURCES = {"avx512_amx": ["csrc/cpu/matrix_unit.cpp"]}
+ADDED_SOURCES = {
+    "avx512_amx": ["csrc/cpu/matrix_unit.cpp", "csrc/cpu/matrix_unit_convolution.cpp"],
+}
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-mfma", "-mprefer-vector-width=512"]

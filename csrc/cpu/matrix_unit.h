@@ -23,6 +23,19 @@ struct Meanwhile {
   }
 };
 
+/// Images with zeros around, seen as one row of pixels: each image begins with `top` rows of zeros,
+/// each row with `left` zeros, and all rows have `pitch` pixels, with zeros at the end.
+struct PaddedImages {
+  const float* data;
+  int64_t num_images, channels, height, width;
+  int64_t image_step, channel_step, row_step, pixel_step;  // channel_step or pixel_step is 1
+  int64_t top, left, pitch;
+
+  int64_t image_pixels() const { return (top + height) * pitch; }
+  /// All, and zeros behind them: what a last image's taps reach, and more for whole tiles.
+  int64_t pixels() const { return num_images * image_pixels() + top * pitch + left + 64; }
+};
+
 struct MatrixUnit {
   /// Sizes of a tile of sums, and of the stretch of the inner dimension that one instruction takes.
   static constexpr int64_t kTile = 16, kStep = 32;
@@ -46,10 +59,47 @@ struct MatrixUnit {
   void (*pack_outer_contiguous)(Side, const float* source, int64_t stride, int64_t extent,
                                 int64_t depth, void* packed, Meanwhile meanwhile);
 
+  /// A left operand out of rows x channels x taps, with the inner dimension (step of channels, tap,
+  /// channel). Channels (`inner` is kRight) or rows (kLeft) lie `taps` apart in memory, the other
+  /// `stride`; rows are at most kTile.
+  void (*pack_taps)(Side inner, const float* source, int64_t stride, int64_t rows,
+                    int64_t channels, int64_t taps, void* packed, Meanwhile meanwhile);
+
+  // Convolutions are products whose right operand is padded images: a tap of the kernel moves all
+  // its tiles by some pixels. `scratch` holds `padding_scratch` floats.
+
+  static int64_t padding_scratch(const PaddedImages& images) {
+    return 3 * kTile * (images.image_pixels() + 2 * kStep);
+  }
+  /// Bytes of a row of channel pairs: of an odd number of cache lines, to spread over sets.
+  static int64_t channel_pair_bytes(const PaddedImages& images) {
+    return (images.pixels() * 4 + 127) / 128 * 128 + 64;
+  }
+  /// Channels [channel, channel + kStep), the inner dimension: three pieces of kTile rows of pairs.
+  void (*pack_channel_pairs)(const PaddedImages&, int64_t channel, void* packed, float* scratch);
+  /// Channels [channel, channel + kTile), where pixels are the inner dimension: three pieces of a
+  /// row of kTile pairs, of pixels p and p + kTile, for every pixel p.
+  void (*pack_pixel_pairs)(const PaddedImages&, int64_t channel, void* packed, float* scratch);
+  /// A left operand of those channels of an image, with pixels the inner dimension.
+  void (*pack_pixels)(const PaddedImages&, int64_t image, int64_t channel, void* packed,
+                      float* scratch);
+
   /// A thread's tile registers must be prepared before its first product and released after its
   /// last.
   void (*prepare)();
   void (*release)();
+
+  /// A tile of columns of a right operand of padded images.
+  struct Columns {
+    int64_t right, sums;  // bytes from the operand's start; place among the sums
+    uint16_t lanes;       // those that are wanted; among the sums they lie side by side
+  };
+  /// Such an operand: its tiles of columns, and the bytes that lead to the tiles of each step.
+  struct Images {
+    const Columns* columns;
+    const int64_t* steps;
+    int64_t piece_bytes, row_bytes;
+  };
 
   /// A product in progress: sums += left right, a step at a time, so that other work can run while
   /// the unit is busy. Sum (i, j) is at sums[i * stride + j], or at sums[j * stride + i] where
@@ -60,6 +110,7 @@ struct MatrixUnit {
     float* sums;
     int64_t stride;
     bool is_transposed;
+    const Images* images = nullptr;   // where the right operand is one
     bool finite = true;               // of the sums so far
     int64_t row = 0, col = 0, k = 0;  // where the next step is
     int pair = 0;                     // of pieces

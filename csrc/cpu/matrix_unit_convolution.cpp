@@ -1,0 +1,191 @@
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/matrix_unit_tiles.h"
+
+HFH_NAMESPACE_BEGIN
+
+namespace {
+
+using cpu::PaddedImages;
+using Side = cpu::MatrixUnit::Side;
+
+int64_t whole_steps(int64_t size) { return (size + kStep - 1) / kStep * kStep; }
+
+/// The transpose of kTile rows of `size` floats, or the inverse, by squares.
+void turn(const float* source, int64_t source_stride, int64_t source_step, float* target,
+          int64_t target_stride, int64_t target_step, int64_t size) {
+  for (int64_t i = 0; i < size; i += kTile) {
+    transpose_square(source + i * source_step, source_stride, target + i * target_step,
+                     target_stride);
+  }
+}
+
+/// Images of which kTile channels are laid out with their zeros, one image at a time.
+class Padded {
+ public:
+  Padded(const PaddedImages& images, float* scratch)
+      : images_(images), size_(whole_steps(images.image_pixels() + kTile)), scratch_(scratch) {}
+
+  /// Pixels of an image and zeros behind it.
+  int64_t size() const { return size_; }
+
+  /// Channel by channel, `size()` floats each.
+  const float* channel_rows(int64_t image, int64_t channel, float* target) {
+    if (images_.pixel_step == 1) {
+      read_rows(image, channel, target);
+    } else {
+      read_pixels(image, channel, scratch_);
+      turn(scratch_, kTile, kTile, target, size_, 1, size_);
+    }
+    return target;
+  }
+
+  /// Pixel by pixel, kTile floats each.
+  const float* pixel_rows(int64_t image, int64_t channel, float* target) {
+    if (images_.pixel_step != 1) {
+      read_pixels(image, channel, target);
+    } else {
+      read_rows(image, channel, scratch_);
+      turn(scratch_, size_, 1, target, kTile, kTile, size_);
+    }
+    return target;
+  }
+
+ private:
+  void read_rows(int64_t image, int64_t channel, float* target) const {
+    std::fill_n(target, kTile * size_, 0.0f);
+    const int64_t count = std::min(kTile, images_.channels - channel);
+    for (int64_t c = 0; c < count; ++c) {
+      const float* source =
+          images_.data + image * images_.image_step + (channel + c) * images_.channel_step;
+      float* row = target + c * size_ + images_.top * images_.pitch + images_.left;
+      for (int64_t y = 0; y < images_.height; ++y) {
+        for (int64_t x = 0; x < images_.width; x += kTile) {
+          const __mmask16 lanes = first_lanes(images_.width - x);
+          _mm512_mask_storeu_ps(row + x, lanes, (__m512)load_lanes(lanes, source + x));
+        }
+        source += images_.row_step;
+        row += images_.pitch;
+      }
+    }
+  }
+
+  void read_pixels(int64_t image, int64_t channel, float* target) const {
+    std::fill_n(target, kTile * size_, 0.0f);
+    const __mmask16 lanes = first_lanes(images_.channels - channel);
+    const float* source = images_.data + image * images_.image_step + channel;
+    for (int64_t y = 0; y < images_.height; ++y) {
+      float* row = target + ((images_.top + y) * images_.pitch + images_.left) * kTile;
+      for (int64_t x = 0; x < images_.width; ++x) {
+        store(row + x * kTile,
+              load_lanes(lanes, source + y * images_.row_step + x * images_.pixel_step));
+      }
+    }
+  }
+
+  const PaddedImages& images_;
+  int64_t size_;
+  float* scratch_;
+};
+
+void store_pieces(const Pairs& pairs, char* target, int64_t piece_bytes) {
+  for (int p = 0; p < kPieces; ++p) store(target + p * piece_bytes, pairs.piece[p]);
+}
+
+/// Sixteen floats `step` apart, those of the lanes.
+FloatVector gather_lanes(__mmask16 lanes, const float* source, int64_t step) {
+  if (step == 1) return load_lanes(lanes, source);
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i index = _mm512_mullo_epi32(first, _mm512_set1_epi32(static_cast<int>(step)));
+  return (FloatVector)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), lanes, index, source, 4);
+}
+
+}  // namespace
+
+void pack_channel_pairs(const PaddedImages& images, int64_t channel, void* packed, float* scratch) {
+  const int64_t row_bytes = cpu::MatrixUnit::channel_pair_bytes(images);
+  const int64_t piece_bytes = kTile * row_bytes, image_pixels = images.image_pixels();
+  auto* bytes = static_cast<char*>(packed);
+  Padded padded(images, scratch);
+  const int64_t size = padded.size();
+  float* halves = scratch + kTile * size;
+  for (int64_t image = 0; image < images.num_images; ++image) {
+    padded.channel_rows(image, channel, halves);
+    padded.channel_rows(image, channel + kTile, halves + kTile * size);
+    // The zeros behind an image are written over by the next.
+    for (int64_t c = 0; c < kTile; ++c) {
+      const float* row = halves + c * size;
+      char* target = bytes + c * row_bytes + image * image_pixels * 4;
+      for (int64_t i = 0; i < image_pixels; i += kTile) {
+        store_pieces(split(load<FloatVector>(row + i), load<FloatVector>(row + kTile * size + i)),
+                     target + i * 4, piece_bytes);
+      }
+    }
+  }
+  const int64_t end = images.num_images * image_pixels * 4;
+  for (int64_t row = 0; row < kPieces * kTile; ++row) {
+    std::fill(bytes + row * row_bytes + end, bytes + (row + 1) * row_bytes, 0);
+  }
+}
+
+void pack_pixel_pairs(const PaddedImages& images, int64_t channel, void* packed, float* scratch) {
+  const int64_t piece_bytes = images.pixels() * kRowBytes, image_pixels = images.image_pixels();
+  auto* bytes = static_cast<char*>(packed);
+  Padded padded(images, scratch);
+  float* pixels = scratch + kTile * padded.size();
+  for (int64_t image = 0; image < images.num_images; ++image) {
+    padded.pixel_rows(image, channel, pixels);
+    for (int64_t i = 0; i < image_pixels; ++i) {
+      // What follows an image counts as zero: only pixels that do not matter have more behind it.
+      store_pieces(split(load<FloatVector>(pixels + i * kTile),
+                         load<FloatVector>(pixels + (i + kTile) * kTile)),
+                   bytes + (image * image_pixels + i) * kRowBytes, piece_bytes);
+    }
+  }
+  for (int p = 0; p < kPieces; ++p) {
+    std::fill(bytes + p * piece_bytes + images.num_images * image_pixels * kRowBytes,
+              bytes + (p + 1) * piece_bytes, 0);
+  }
+}
+
+void pack_pixels(const PaddedImages& images, int64_t image, int64_t channel, void* packed,
+                 float* scratch) {
+  Padded padded(images, scratch);
+  const float* rows = padded.channel_rows(image, channel, scratch + kTile * padded.size());
+  auto* target = static_cast<char*>(packed);
+  for (int64_t k = 0; k < images.image_pixels(); k += kStep, target += kPieces * kTileBytes) {
+    const auto load_row = [&](int64_t row, int half) {
+      return load<FloatVector>(rows + row * padded.size() + k + half * kTile);
+    };
+    pack_tile<false>(load_row, target);
+  }
+}
+
+void pack_taps(Side inner, const float* source, int64_t stride, int64_t rows, int64_t channels,
+               int64_t taps, void* packed, cpu::Meanwhile meanwhile) {
+  auto* target = static_cast<char*>(packed);
+  for (int64_t c = 0; c < channels; c += kStep) {
+    for (int64_t tap = 0; tap < taps; ++tap, target += kPieces * kTileBytes) {
+      if (inner == Side::kRight) {
+        const float* tile = source + c * taps + tap;
+        const auto load_row = [&](int64_t row, int half) {
+          const __mmask16 lanes = row < rows ? first_lanes(channels - c - half * kTile) : 0;
+          return gather_lanes(lanes, tile + row * stride + half * kTile * taps, taps);
+        };
+        pack_tile<false>(load_row, target);
+      } else {
+        const float* tile = source + c * stride + tap;
+        const auto load_row = [&](int64_t row, int half) {
+          const int64_t channel = row + half * kTile;
+          const __mmask16 lanes = c + channel < channels ? first_lanes(rows) : 0;
+          return gather_lanes(lanes, tile + channel * stride, taps);
+        };
+        pack_tile<true>(load_row, target);
+      }
+      meanwhile();
+    }
+  }
+}
+
+HFH_NAMESPACE_END
