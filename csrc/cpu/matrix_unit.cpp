@@ -98,27 +98,27 @@ constexpr PiecePair kPairs[] = {
 };
 constexpr int kNumPairs = 6;
 
-/// Where a step finds its tiles: the first ones, and how many bytes lead from a tile to the one
-/// below or beside it, and of the right operand from piece to piece and from row to row.
-struct Operands {
-  const char *left, *right;
-  int64_t below, beside, right_piece, right_row;
+/// Where a step finds an operand's tiles: the first one, and how many bytes lead to the next and
+/// from piece to piece.
+struct Operand {
+  const char* tile;
+  int64_t next, piece;
 };
 
 /// Adds the products of one pair of pieces over a step of the inner dimension, for kRows x kCols
 /// tiles.
 template <int kPair, int kRows, int kCols>
-void multiply_pieces(const Operands& operands) {
+void multiply_pieces(const Operand& left, const Operand& right) {
   constexpr PiecePair pair = kPairs[kPair];
   if constexpr (pair.loads_left) {
-    const char* left = operands.left + pair.left * kTileBytes;
-    _tile_loadd(4, left, kRowBytes);
-    if constexpr (kRows > 1) _tile_loadd(5, left + operands.below, kRowBytes);
+    const char* tile = left.tile + pair.left * left.piece;
+    _tile_loadd(4, tile, kRowBytes);
+    if constexpr (kRows > 1) _tile_loadd(5, tile + left.next, kRowBytes);
   }
   if constexpr (pair.loads_right) {
-    const char* right = operands.right + pair.right * operands.right_piece;
-    _tile_loadd(6, right, operands.right_row);
-    if constexpr (kCols > 1) _tile_loadd(7, right + operands.beside, operands.right_row);
+    const char* tile = right.tile + pair.right * right.piece;
+    _tile_loadd(6, tile, kRowBytes);
+    if constexpr (kCols > 1) _tile_loadd(7, tile + right.next, kRowBytes);
   }
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (kCols > 1) _tile_dpbf16ps(1, 4, 7);
@@ -126,7 +126,7 @@ void multiply_pieces(const Operands& operands) {
   if constexpr (kRows > 1 && kCols > 1) _tile_dpbf16ps(3, 5, 7);
 }
 
-using MultiplyPieces = void (*)(const Operands&);
+using MultiplyPieces = void (*)(const Operand& left, const Operand& right);
 
 /// By pair of pieces, and whether there are two tiles down and across.
 constexpr MultiplyPieces kMultiplyPieces[kNumPairs][2][2] = {
@@ -147,12 +147,14 @@ void zero_sums() {
   _tile_zero(3);
 }
 
-/// The columns of the right operand's tile `col` / kTile.
-MatrixUnit::Columns columns_at(const MatrixUnit::Product& product, int64_t col) {
-  if (product.images != nullptr) return product.images->columns[col / kTile];
-  const int64_t next = steps_of(product.depth) * kPieces * kTileBytes;
-  return {col / kTile * next, product.is_transposed ? col * product.stride : col,
-          first_lanes(product.cols - col)};
+/// The tile of an operand from row or column `first` on.
+MatrixUnit::Tile tile_at(const MatrixUnit::Product& product, Side side, int64_t first) {
+  const MatrixUnit::Images* images = product.images;
+  if (images != nullptr && images->side == side) return images->tiles[first / kTile];
+  const bool strides = (side == Side::kLeft) != product.is_transposed;
+  return {first * steps_of(product.depth) * kPieces * kTileBytes / kTile,
+          strides ? first * product.stride : first,
+          first_lanes((side == Side::kLeft ? product.rows : product.cols) - first)};
 }
 
 /// Adds those rows and columns of a tile to memory, side by side; what is not finite leaves NaN in
@@ -180,14 +182,14 @@ void add_sums(MatrixUnit::Product& product) {
   for (int i = 0; i < 4; ++i) {
     const int64_t row = product.row + i / 2 * kTile, col = product.col + i % 2 * kTile;
     if (row >= product.rows || col >= product.cols) continue;
-    const __mmask16 rows = first_lanes(product.rows - row);
-    const MatrixUnit::Columns columns = columns_at(product, col);
-    float* sums = product.sums + columns.sums;
+    const MatrixUnit::Tile rows = tile_at(product, Side::kLeft, row);
+    const MatrixUnit::Tile cols = tile_at(product, Side::kRight, col);
+    float* sums = product.sums + rows.sums + cols.sums;
     if (product.is_transposed) {
       transpose_square(tiles[i][0], kTile, turned[0], kTile);
-      add_tile(turned, columns.lanes, rows, sums + row, product.stride, check);
+      add_tile(turned, cols.lanes, rows.lanes, sums, product.stride, check);
     } else {
-      add_tile(tiles[i], rows, columns.lanes, sums + row * product.stride, product.stride, check);
+      add_tile(tiles[i], rows.lanes, cols.lanes, sums, product.stride, check);
     }
   }
   product.finite = product.finite && horizontal_sum(check) == 0.0f;
@@ -195,33 +197,29 @@ void add_sums(MatrixUnit::Product& product) {
 
 /// Asks for the memory of the next tiles of sums, which lies a page apart from row to row.
 void prefetch_sums(const MatrixUnit::Product& product) {
-  for (int64_t col = product.col; col < product.cols && col < product.col + 2 * kTile;
-       col += kTile) {
-    const float* sums = product.sums + columns_at(product, col).sums;
-    const int64_t along = product.is_transposed ? product.cols - col : product.rows - product.row;
-    sums += product.is_transposed ? product.row : product.row * product.stride;
-    for (int64_t i = 0; i < along && i < (product.is_transposed ? kTile : 2 * kTile); ++i) {
-      __builtin_prefetch(sums + i * product.stride, 1);
-      if (product.is_transposed) __builtin_prefetch(sums + i * product.stride + kTile, 1);
+  for (int64_t row = product.row; row < product.rows && row < product.row + 2 * kTile;
+       row += kTile) {
+    const MatrixUnit::Tile rows = tile_at(product, Side::kLeft, row);
+    for (int64_t col = product.col; col < product.cols && col < product.col + 2 * kTile;
+         col += kTile) {
+      const MatrixUnit::Tile cols = tile_at(product, Side::kRight, col);
+      const int count = std::popcount(product.is_transposed ? cols.lanes : rows.lanes);
+      const float* sums = product.sums + rows.sums + cols.sums;
+      for (int i = 0; i < count; ++i) __builtin_prefetch(sums + i * product.stride, 1);
     }
   }
 }
 
-/// Where the next step finds its tiles.
-Operands operands_at(const MatrixUnit::Product& product) {
-  const int64_t next = steps_of(product.depth) * kPieces * kTileBytes, step = product.k / kStep;
+/// Where the next step finds tiles from row or column `first` on.
+Operand operand_at(const MatrixUnit::Product& product, Side side, const void* packed, int64_t first,
+                   bool two) {
   const MatrixUnit::Images* images = product.images;
-  const int64_t right = columns_at(product, product.col).right;
-  const int64_t beside =
-      product.cols - product.col > kTile ? columns_at(product, product.col + kTile).right : right;
-  const char* left = static_cast<const char*>(product.left) + product.row / kTile * next;
-  return {left + step * kPieces * kTileBytes,
-          static_cast<const char*>(product.right) + right +
-              (images != nullptr ? images->steps[step] : step * kPieces * kTileBytes),
-          next,
-          beside - right,
-          images != nullptr ? images->piece_bytes : kTileBytes,
-          images != nullptr ? images->row_bytes : kRowBytes};
+  const bool is_images = images != nullptr && images->side == side;
+  const int64_t step = product.k / kStep, tile = tile_at(product, side, first).bytes;
+  const int64_t next = two ? tile_at(product, side, first + kTile).bytes - tile : 0;
+  const int64_t inner = is_images ? images->steps[step] : step * kPieces * kTileBytes;
+  return {static_cast<const char*>(packed) + tile + inner, next,
+          is_images ? images->piece_bytes : kTileBytes};
 }
 
 void start(MatrixUnit::Product& product) {
@@ -237,7 +235,9 @@ void advance(MatrixUnit::Product& product, int64_t steps) {
   while (steps-- > 0) {
     const bool two_down = product.rows - product.row > kTile;
     const bool two_across = product.cols - product.col > kTile;
-    kMultiplyPieces[product.pair][two_down][two_across](operands_at(product));
+    kMultiplyPieces[product.pair][two_down][two_across](
+        operand_at(product, Side::kLeft, product.left, product.row, two_down),
+        operand_at(product, Side::kRight, product.right, product.col, two_across));
     if (product.pair == 0 && product.k == 0) prefetch_sums(product);
     if (++product.pair < kNumPairs) continue;
     product.pair = 0;

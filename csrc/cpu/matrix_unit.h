@@ -59,26 +59,26 @@ struct MatrixUnit {
   void (*pack_outer_contiguous)(Side, const float* source, int64_t stride, int64_t extent,
                                 int64_t depth, void* packed, Meanwhile meanwhile);
 
-  /// A left operand out of rows x channels x taps, with the inner dimension (step of channels, tap,
-  /// channel). Channels (`inner` is kRight) or rows (kLeft) lie `taps` apart in memory, the other
-  /// `stride`; rows are at most kTile.
-  void (*pack_taps)(Side inner, const float* source, int64_t stride, int64_t rows,
+  /// Packs a right operand out of channels x taps x cols, with the inner dimension (step of
+  /// channels, tap, channel). Channels or, where `is_transposed`, columns lie `taps` apart in memory
+  /// and the others `stride`; columns are at most kTile.
+  void (*pack_taps)(bool is_transposed, const float* source, int64_t stride, int64_t cols,
                     int64_t channels, int64_t taps, void* packed, Meanwhile meanwhile);
 
-  // Convolutions are products whose right operand is padded images: a tap of the kernel moves all
+  // Convolutions are products of which an operand is padded images: a tap of the kernel moves all
   // its tiles by some pixels. `scratch` holds `padding_scratch` floats.
 
   static int64_t padding_scratch(const PaddedImages& images) {
     return 3 * kTile * (images.image_pixels() + 2 * kStep);
   }
-  /// Bytes of a row of channel pairs: of an odd number of cache lines, to spread over sets.
-  static int64_t channel_pair_bytes(const PaddedImages& images) {
-    return (images.pixels() * 4 + 127) / 128 * 128 + 64;
-  }
-  /// Channels [channel, channel + kStep), the inner dimension: three pieces of kTile rows of pairs.
+  /// Bytes of packed images of kStep channels, or of kTile: a row of kTile pairs for each pixel.
+  static int64_t piece_bytes(const PaddedImages& images) { return images.pixels() * kTile * 4; }
+  static int64_t packed_bytes(const PaddedImages& images) { return 3 * piece_bytes(images); }
+  /// Channels [channel, channel + kStep): a left operand, with channels the inner dimension. A pair
+  /// is of channels c and c + kTile.
   void (*pack_channel_pairs)(const PaddedImages&, int64_t channel, void* packed, float* scratch);
-  /// Channels [channel, channel + kTile), where pixels are the inner dimension: three pieces of a
-  /// row of kTile pairs, of pixels p and p + kTile, for every pixel p.
+  /// Channels [channel, channel + kTile): a right operand, with pixels the inner dimension. A pair
+  /// is of pixels p and p + kTile.
   void (*pack_pixel_pairs)(const PaddedImages&, int64_t channel, void* packed, float* scratch);
   /// A left operand of those channels of an image, with pixels the inner dimension.
   void (*pack_pixels)(const PaddedImages&, int64_t image, int64_t channel, void* packed,
@@ -89,16 +89,17 @@ struct MatrixUnit {
   void (*prepare)();
   void (*release)();
 
-  /// A tile of columns of a right operand of padded images.
-  struct Columns {
-    int64_t right, sums;  // bytes from the operand's start; place among the sums
-    uint16_t lanes;       // those that are wanted; among the sums they lie side by side
+  /// A tile of an operand: kTile rows of the left one or columns of the right one.
+  struct Tile {
+    int64_t bytes, sums;  // from the operand's start; from the sums' start, in elements
+    uint16_t lanes;       // the rows or columns that are wanted; their sums lie side by side
   };
-  /// Such an operand: its tiles of columns, and the bytes that lead to the tiles of each step.
+  /// An operand of padded images: its tiles, and the bytes that each step moves them all by.
   struct Images {
-    const Columns* columns;
+    Side side;
+    const Tile* tiles;
     const int64_t* steps;
-    int64_t piece_bytes, row_bytes;
+    int64_t piece_bytes;
   };
 
   /// A product in progress: sums += left right, a step at a time, so that other work can run while
@@ -110,7 +111,7 @@ struct MatrixUnit {
     float* sums;
     int64_t stride;
     bool is_transposed;
-    const Images* images = nullptr;   // where the right operand is one
+    const Images* images = nullptr;   // where an operand is some
     bool finite = true;               // of the sums so far
     int64_t row = 0, col = 0, k = 0;  // where the next step is
     int pair = 0;                     // of pieces

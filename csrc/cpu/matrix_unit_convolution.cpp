@@ -8,7 +8,6 @@ HFH_NAMESPACE_BEGIN
 namespace {
 
 using cpu::PaddedImages;
-using Side = cpu::MatrixUnit::Side;
 
 int64_t whole_steps(int64_t size) { return (size + kStep - 1) / kStep * kStep; }
 
@@ -89,8 +88,26 @@ class Padded {
   float* scratch_;
 };
 
-void store_pieces(const Pairs& pairs, char* target, int64_t piece_bytes) {
-  for (int p = 0; p < kPieces; ++p) store(target + p * piece_bytes, pairs.piece[p]);
+/// The first and the second elements of an image's pairs, kTile for each pixel.
+struct Halves {
+  const float *first, *second;
+};
+
+/// Packs a row of pairs for each pixel, image by image, and zeros behind the last.
+template <class F>
+void pack_pairs(const PaddedImages& images, void* packed, const F& halves_of) {
+  const int64_t piece_bytes = cpu::MatrixUnit::piece_bytes(images);
+  auto* target = static_cast<char*>(packed);
+  for (int64_t image = 0; image < images.num_images; ++image) {
+    const Halves halves = halves_of(image);
+    for (int64_t i = 0; i < images.image_pixels() * kTile; i += kTile, target += kRowBytes) {
+      const Pairs pairs =
+          split(load<FloatVector>(halves.first + i), load<FloatVector>(halves.second + i));
+      for (int p = 0; p < kPieces; ++p) store(target + p * piece_bytes, pairs.piece[p]);
+    }
+  }
+  char* end = static_cast<char*>(packed) + piece_bytes;
+  for (int p = 0; p < kPieces; ++p) std::fill(target + p * piece_bytes, end + p * piece_bytes, 0);
 }
 
 /// Sixteen floats `step` apart, those of the lanes.
@@ -104,49 +121,24 @@ FloatVector gather_lanes(__mmask16 lanes, const float* source, int64_t step) {
 }  // namespace
 
 void pack_channel_pairs(const PaddedImages& images, int64_t channel, void* packed, float* scratch) {
-  const int64_t row_bytes = cpu::MatrixUnit::channel_pair_bytes(images);
-  const int64_t piece_bytes = kTile * row_bytes, image_pixels = images.image_pixels();
-  auto* bytes = static_cast<char*>(packed);
   Padded padded(images, scratch);
-  const int64_t size = padded.size();
-  float* halves = scratch + kTile * size;
-  for (int64_t image = 0; image < images.num_images; ++image) {
-    padded.channel_rows(image, channel, halves);
-    padded.channel_rows(image, channel + kTile, halves + kTile * size);
-    // The zeros behind an image are written over by the next.
-    for (int64_t c = 0; c < kTile; ++c) {
-      const float* row = halves + c * size;
-      char* target = bytes + c * row_bytes + image * image_pixels * 4;
-      for (int64_t i = 0; i < image_pixels; i += kTile) {
-        store_pieces(split(load<FloatVector>(row + i), load<FloatVector>(row + kTile * size + i)),
-                     target + i * 4, piece_bytes);
-      }
-    }
-  }
-  const int64_t end = images.num_images * image_pixels * 4;
-  for (int64_t row = 0; row < kPieces * kTile; ++row) {
-    std::fill(bytes + row * row_bytes + end, bytes + (row + 1) * row_bytes, 0);
-  }
+  const int64_t half = kTile * padded.size();
+  float* pixels = scratch + half;
+  pack_pairs(images, packed, [&](int64_t image) {
+    padded.pixel_rows(image, channel, pixels);
+    padded.pixel_rows(image, channel + kTile, pixels + half);
+    return Halves{pixels, pixels + half};
+  });
 }
 
 void pack_pixel_pairs(const PaddedImages& images, int64_t channel, void* packed, float* scratch) {
-  const int64_t piece_bytes = images.pixels() * kRowBytes, image_pixels = images.image_pixels();
-  auto* bytes = static_cast<char*>(packed);
   Padded padded(images, scratch);
   float* pixels = scratch + kTile * padded.size();
-  for (int64_t image = 0; image < images.num_images; ++image) {
+  // What follows an image counts as zero: only pixels that do not matter have more behind them.
+  pack_pairs(images, packed, [&](int64_t image) {
     padded.pixel_rows(image, channel, pixels);
-    for (int64_t i = 0; i < image_pixels; ++i) {
-      // What follows an image counts as zero: only pixels that do not matter have more behind it.
-      store_pieces(split(load<FloatVector>(pixels + i * kTile),
-                         load<FloatVector>(pixels + (i + kTile) * kTile)),
-                   bytes + (image * image_pixels + i) * kRowBytes, piece_bytes);
-    }
-  }
-  for (int p = 0; p < kPieces; ++p) {
-    std::fill(bytes + p * piece_bytes + images.num_images * image_pixels * kRowBytes,
-              bytes + (p + 1) * piece_bytes, 0);
-  }
+    return Halves{pixels, pixels + kTile * kTile};
+  });
 }
 
 void pack_pixels(const PaddedImages& images, int64_t image, int64_t channel, void* packed,
@@ -162,24 +154,24 @@ void pack_pixels(const PaddedImages& images, int64_t image, int64_t channel, voi
   }
 }
 
-void pack_taps(Side inner, const float* source, int64_t stride, int64_t rows, int64_t channels,
-               int64_t taps, void* packed, cpu::Meanwhile meanwhile) {
+void pack_taps(bool is_transposed, const float* source, int64_t stride, int64_t cols,
+               int64_t channels, int64_t taps, void* packed, cpu::Meanwhile meanwhile) {
   auto* target = static_cast<char*>(packed);
   for (int64_t c = 0; c < channels; c += kStep) {
     for (int64_t tap = 0; tap < taps; ++tap, target += kPieces * kTileBytes) {
-      if (inner == Side::kRight) {
-        const float* tile = source + c * taps + tap;
-        const auto load_row = [&](int64_t row, int half) {
-          const __mmask16 lanes = row < rows ? first_lanes(channels - c - half * kTile) : 0;
-          return gather_lanes(lanes, tile + row * stride + half * kTile * taps, taps);
-        };
-        pack_tile<false>(load_row, target);
-      } else {
+      if (is_transposed) {
         const float* tile = source + c * stride + tap;
         const auto load_row = [&](int64_t row, int half) {
           const int64_t channel = row + half * kTile;
-          const __mmask16 lanes = c + channel < channels ? first_lanes(rows) : 0;
+          const __mmask16 lanes = c + channel < channels ? first_lanes(cols) : 0;
           return gather_lanes(lanes, tile + channel * stride, taps);
+        };
+        pack_tile<false>(load_row, target);
+      } else {
+        const float* tile = source + c * taps + tap;
+        const auto load_row = [&](int64_t row, int half) {
+          const __mmask16 lanes = row < cols ? first_lanes(channels - c - half * kTile) : 0;
+          return gather_lanes(lanes, tile + row * stride + half * kTile * taps, taps);
         };
         pack_tile<true>(load_row, target);
       }

@@ -17,6 +17,7 @@ using cpu::MatrixUnit;
 using cpu::PaddedImages;
 using Side = MatrixUnit::Side;
 
+constexpr int64_t kPixelBytes = 4 * MatrixUnit::kTile;
 // Packed images, which all threads read: most of a second-level cache.
 constexpr int64_t kPackedBytes = 3 << 19;
 // A panel of the weight, of which each thread has two.
@@ -98,35 +99,32 @@ class Pass {
     return is_transposed_ ? reach - padding : padding;
   }
   int64_t num_taps() const { return static_cast<int64_t>(taps_.size()); }
-  /// Of the pairs of MatrixUnit::kStep channels.
-  static int64_t step_bytes(const PaddedImages& images) {
-    return 3 * MatrixUnit::kTile * MatrixUnit::channel_pair_bytes(images);
-  }
   static int64_t packed_bytes(const PaddedImages& images) {
-    return ceil_divide(images.channels, MatrixUnit::kStep) * step_bytes(images);
+    return ceil_divide(images.channels, MatrixUnit::kStep) * MatrixUnit::packed_bytes(images);
   }
 
   /// The target's pixels, by tiles of positions: padded rows have more of these than the target.
-  std::vector<MatrixUnit::Columns> columns_of(const PaddedImages& source) const {
-    std::vector<MatrixUnit::Columns> columns;
+  std::vector<MatrixUnit::Tile> tiles_of(const PaddedImages& source) const {
+    std::vector<MatrixUnit::Tile> tiles;
     const int64_t positions = (target_.height - 1) * source.pitch + target_.width;
     for (int64_t image = 0; image < source.num_images; ++image) {
       int64_t pixel = 0;
       for (int64_t first = 0; first < positions; first += MatrixUnit::kTile) {
-        MatrixUnit::Columns tile{(image * source.image_pixels() + first) * 4,
+        MatrixUnit::Tile tile{(image * source.image_pixels() + first) * kPixelBytes,
                                  image * target_.image_step + pixel * target_.pixel_step, 0};
         for (int64_t i = 0; i < MatrixUnit::kTile && first + i < positions; ++i) {
           if ((first + i) % source.pitch >= target_.width) continue;
           tile.lanes |= 1 << i;
           ++pixel;
         }
-        columns.push_back(tile);
+        tiles.push_back(tile);
       }
     }
-    return columns;
+    return tiles;
   }
 
   void multiply(const PaddedImages& source, float* target) {
+    const int64_t step_bytes = MatrixUnit::packed_bytes(source);
     char* packed = static_cast<char*>(Scratch<Purpose::kPackedBatch>::get(packed_bytes(source)));
     at::parallel_for(
         0, ceil_divide(source.channels, MatrixUnit::kStep), 1, [&](int64_t begin, int64_t end) {
@@ -134,18 +132,17 @@ class Pass {
               MatrixUnit::padding_scratch(source) * sizeof(float)));
           for (int64_t i = begin; i < end; ++i) {
             kernels().matrix_unit->pack_channel_pairs(source, i * MatrixUnit::kStep,
-                                                      packed + i * step_bytes(source), scratch);
+                                                      packed + i * step_bytes, scratch);
           }
         });
-    const std::vector<MatrixUnit::Columns> columns = columns_of(source);
+    const std::vector<MatrixUnit::Tile> tiles = tiles_of(source);
     std::vector<int64_t> steps;
     for (int64_t step = 0; step < chunk_ / MatrixUnit::kStep; ++step) {
-      for (const int64_t tap : taps_) steps.push_back(step * step_bytes(source) + tap * 4);
+      for (const int64_t tap : taps_) steps.push_back(step * step_bytes + tap * kPixelBytes);
     }
-    const int64_t row_bytes = MatrixUnit::channel_pair_bytes(source);
-    const MatrixUnit::Images images{columns.data(), steps.data(), MatrixUnit::kTile * row_bytes,
-                                    row_bytes};
-    const int64_t cols = static_cast<int64_t>(columns.size()) * MatrixUnit::kTile;
+    const MatrixUnit::Images images{Side::kLeft, tiles.data(), steps.data(),
+                                    MatrixUnit::piece_bytes(source)};
+    const int64_t positions = static_cast<int64_t>(tiles.size()) * MatrixUnit::kTile;
     const bool is_channels_last = target_.pixel_step != 1;
     const int64_t stride = is_channels_last ? target_.pixel_step : target_.channel_step;
     at::parallel_for(
@@ -159,10 +156,9 @@ class Pass {
               const int64_t channels = std::min(chunk_, source.channels - channel);
               pack_panel(row, rows, channel, channels, pipeline);
               const int64_t depth = round_up(channels, MatrixUnit::kStep) * num_taps();
-              pipeline.start({pipeline.panel(),
-                              packed + channel / MatrixUnit::kStep * step_bytes(source), rows, cols,
-                              depth, target + row * target_.channel_step, stride, is_channels_last,
-                              &images});
+              pipeline.start({packed + channel / MatrixUnit::kStep * step_bytes, pipeline.panel(),
+                              positions, rows, depth, target + row * target_.channel_step, stride,
+                              !is_channels_last, &images});
             }
           }
           if (!pipeline.finish()) finite_ = false;
@@ -218,14 +214,14 @@ class Pass {
             kernels().reconstruct(weight_, {channel + first, count, row * taps, rows * taps},
                                   pipeline.floats(), stride, meanwhile);
           }
-          kernels().matrix_unit->pack_taps(Side::kLeft, pipeline.floats() + tile_row * taps, stride,
+          kernels().matrix_unit->pack_taps(true, pipeline.floats() + tile_row * taps, stride,
                                            tile_rows, count, taps, packed(tile, first), meanwhile);
         } else {
           const int64_t stride = slice_ * taps + kPadding;
           kernels().reconstruct(
               weight_, {row + tile_row, tile_rows, (channel + first) * taps, count * taps},
               pipeline.floats(), stride, meanwhile);
-          kernels().matrix_unit->pack_taps(Side::kRight, pipeline.floats(), stride, tile_rows,
+          kernels().matrix_unit->pack_taps(false, pipeline.floats(), stride, tile_rows,
                                            count, taps, packed(tile, first), meanwhile);
         }
       }
