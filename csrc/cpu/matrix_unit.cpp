@@ -140,6 +140,20 @@ constexpr MultiplyPieces kMultiplyPieces[kNumPairs][2][2] = {
 #undef HFH_PAIR
 };
 
+/// All pairs of pieces.
+template <int kRows, int kCols>
+void multiply_step(const Operand& left, const Operand& right) {
+  multiply_pieces<0, kRows, kCols>(left, right);
+  multiply_pieces<1, kRows, kCols>(left, right);
+  multiply_pieces<2, kRows, kCols>(left, right);
+  multiply_pieces<3, kRows, kCols>(left, right);
+  multiply_pieces<4, kRows, kCols>(left, right);
+  multiply_pieces<5, kRows, kCols>(left, right);
+}
+
+constexpr MultiplyPieces kMultiplyStep[2][2] = {{multiply_step<1, 1>, multiply_step<1, 2>},
+                                                {multiply_step<2, 1>, multiply_step<2, 2>}};
+
 void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);
@@ -232,14 +246,19 @@ void start(MatrixUnit::Product& product) {
 void advance(MatrixUnit::Product& product, int64_t steps) {
   if (steps > product.steps_left) steps = product.steps_left;
   product.steps_left -= steps;
-  while (steps-- > 0) {
+  while (steps > 0) {
     const bool two_down = product.rows - product.row > kTile;
     const bool two_across = product.cols - product.col > kTile;
-    kMultiplyPieces[product.pair][two_down][two_across](
+    const bool whole_step = product.pair == 0 && steps >= kNumPairs;
+    const int pairs = whole_step ? kNumPairs : 1;
+    const auto& multiply = whole_step ? kMultiplyStep : kMultiplyPieces[product.pair];
+    if (product.pair == 0 && product.k == 0) prefetch_sums(product);
+    multiply[two_down][two_across](
         operand_at(product, Side::kLeft, product.left, product.row, two_down),
         operand_at(product, Side::kRight, product.right, product.col, two_across));
-    if (product.pair == 0 && product.k == 0) prefetch_sums(product);
-    if (++product.pair < kNumPairs) continue;
+    steps -= pairs;
+    product.pair += pairs;
+    if (product.pair < kNumPairs) continue;
     product.pair = 0;
     product.k += kStep;
     if (product.k < product.depth) continue;
@@ -261,8 +280,16 @@ namespace hfh::cpu {
 
 const MatrixUnit& amx() {
   static constexpr MatrixUnit unit{
-      pack_inner_contiguous, pack_outer_contiguous, pack_taps, pack_channel_pairs, pack_pixel_pairs,
-      pack_pixels, prepare, release, start, advance,
+      pack_inner_contiguous,
+      pack_outer_contiguous,
+      pack_taps,
+      pack_channel_pairs,
+      pack_pixel_pairs,
+      pack_pixels,
+      prepare,
+      release,
+      start,
+      advance,
   };
   return unit;
 }

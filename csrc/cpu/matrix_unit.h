@@ -59,14 +59,16 @@ struct MatrixUnit {
   void (*pack_outer_contiguous)(Side, const float* source, int64_t stride, int64_t extent,
                                 int64_t depth, void* packed, Meanwhile meanwhile);
 
-  /// Packs a right operand out of channels x taps x cols, with the inner dimension (step of
-  /// channels, tap, channel). Channels or, where `is_transposed`, columns lie `taps` apart in memory
-  /// and the others `stride`; columns are at most kTile.
-  void (*pack_taps)(bool is_transposed, const float* source, int64_t stride, int64_t cols,
-                    int64_t channels, int64_t taps, void* packed, Meanwhile meanwhile);
-
   // Convolutions are products of which an operand is padded images: a tap of the kernel moves all
   // its tiles by some pixels. `scratch` holds `padding_scratch` floats.
+
+  static constexpr int64_t kMaxTaps = 64;
+
+  /// Packs a right operand out of channels x taps x cols, with the inner dimension (step of
+  /// channels, tap, channel). Channels or, where `is_transposed`, columns lie `taps` apart in
+  /// memory and the others `stride`; columns are at most kTile, and memory goes on for as many.
+  void (*pack_taps)(bool is_transposed, const float* source, int64_t stride, int64_t cols,
+                    int64_t channels, int64_t taps, void* packed);
 
   static int64_t padding_scratch(const PaddedImages& images) {
     return 3 * kTile * (images.image_pixels() + 2 * kStep);

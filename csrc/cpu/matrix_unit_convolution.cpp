@@ -155,27 +155,21 @@ void pack_pixels(const PaddedImages& images, int64_t image, int64_t channel, voi
 }
 
 void pack_taps(bool is_transposed, const float* source, int64_t stride, int64_t cols,
-               int64_t channels, int64_t taps, void* packed, cpu::Meanwhile meanwhile) {
+               int64_t channels, int64_t taps, void* packed) {
+  alignas(64) float turned[kStep * cpu::MatrixUnit::kMaxTaps * kTile];
   auto* target = static_cast<char*>(packed);
   for (int64_t c = 0; c < channels; c += kStep) {
+    const int64_t count = std::min(kStep, channels - c);
+    if (!is_transposed) turn(source + c * taps, stride, 1, turned, kTile, kTile, count * taps);
     for (int64_t tap = 0; tap < taps; ++tap, target += kPieces * kTileBytes) {
-      if (is_transposed) {
-        const float* tile = source + c * stride + tap;
-        const auto load_row = [&](int64_t row, int half) {
-          const int64_t channel = row + half * kTile;
-          const __mmask16 lanes = c + channel < channels ? first_lanes(cols) : 0;
-          return gather_lanes(lanes, tile + channel * stride, taps);
-        };
-        pack_tile<false>(load_row, target);
-      } else {
-        const float* tile = source + c * taps + tap;
-        const auto load_row = [&](int64_t row, int half) {
-          const __mmask16 lanes = row < cols ? first_lanes(channels - c - half * kTile) : 0;
-          return gather_lanes(lanes, tile + row * stride + half * kTile * taps, taps);
-        };
-        pack_tile<true>(load_row, target);
-      }
-      meanwhile();
+      const auto load_row = [&](int64_t row, int half) {
+        const int64_t channel = row + half * kTile;
+        if (channel >= count) return FloatVector{};
+        return is_transposed
+                   ? gather_lanes(first_lanes(cols), source + (c + channel) * stride + tap, taps)
+                   : load<FloatVector>(turned + (channel * taps + tap) * kTile);
+      };
+      pack_tile<false>(load_row, target);
     }
   }
 }

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "torch/pipeline.h"
+#include "torch/parallel.h"
 
 namespace hfh::torch_ops {
 
@@ -55,6 +55,68 @@ void pack_batch(Side side, const float* source, int64_t stride, int64_t batch, c
           packed + (slice - first) * slices.bytes + MatrixUnit::packed_bytes(row, size), {});
     }
   });
+}
+
+/// Products of one thread, each in progress while the thread prepares the panel of the next.
+class Pipeline {
+ public:
+  explicit Pipeline(size_t panel_bytes, int64_t num_floats) : panel_bytes_(panel_bytes) {
+    auto* memory = static_cast<char*>(
+        Scratch<Purpose::kPanels>::get(2 * panel_bytes + num_floats * sizeof(float)));
+    panels_ = memory;
+    floats_ = reinterpret_cast<float*>(memory + 2 * panel_bytes);
+    kernels().matrix_unit->prepare();
+  }
+  ~Pipeline() { kernels().matrix_unit->release(); }
+
+  /// Room for a part of a panel as the kernels write it.
+  float* floats() { return floats_; }
+  /// Where the next panel is to be packed.
+  char* panel() { return panels_ + next_ * panel_bytes_; }
+
+  /// What is to be called while the next panel is prepared: about `calls` times.
+  cpu::Meanwhile expect(int64_t calls) {
+    calls_left_ = std::max<int64_t>(1, calls);
+    return {[](void* self) { static_cast<Pipeline*>(self)->step(); }, this};
+  }
+
+  /// Finishes the product in progress and starts the next panel's.
+  void start(const MatrixUnit::Product& product) {
+    finish();
+    product_ = product;
+    kernels().matrix_unit->start(product_);
+    next_ = 1 - next_;
+  }
+
+  /// Returns whether all sums so far are finite.
+  bool finish() {
+    kernels().matrix_unit->advance(product_, product_.steps_left);
+    finite_ = finite_ && product_.finite;
+    return finite_;
+  }
+
+ private:
+  void step() {
+    if (product_.steps_left == 0) return;
+    const int64_t steps = (product_.steps_left + calls_left_ - 1) / calls_left_;
+    calls_left_ = std::max<int64_t>(1, calls_left_ - 1);
+    kernels().matrix_unit->advance(product_, steps);
+  }
+
+  size_t panel_bytes_;
+  char* panels_;
+  float* floats_;
+  int next_ = 0;
+  MatrixUnit::Product product_{};
+  int64_t calls_left_ = 1;
+  bool finite_ = true;
+};
+
+/// Calls that reconstructing and packing a panel makes to `Meanwhile`.
+int64_t calls_of_panel(const VirtualWeight& weight, int64_t rows, int64_t cols) {
+  const int64_t vectors = std::max<int64_t>(weight.hash.block(), kernels().lanes);
+  return rows * ceil_divide(cols, vectors) +
+         ceil_divide(rows, MatrixUnit::kTile) * ceil_divide(cols, MatrixUnit::kStep);
 }
 
 char* packed_batch(size_t bytes) {

@@ -3,7 +3,7 @@
 #include <atomic>
 
 #include "torch/convolution.h"
-#include "torch/pipeline.h"
+#include "torch/parallel.h"
 
 // Convolutions of float32 images of stride 1 on the matrix unit, with no patches: an operand of
 // padded images is packed once, and each tap of the kernel reads it from another pixel on.
@@ -20,7 +20,7 @@ using Side = MatrixUnit::Side;
 constexpr int64_t kPixelBytes = 4 * MatrixUnit::kTile;
 // Packed images, which all threads read: most of a second-level cache.
 constexpr int64_t kPackedBytes = 3 << 19;
-// A panel of the weight, of which each thread has two.
+// A panel of the weight, of a thread's own.
 constexpr int64_t kPanelRows = 2 * MatrixUnit::kTile, kPanelBytes = 7 << 16;
 // Columns of the weight that are reconstructed at once.
 constexpr int64_t kSliceCols = 576;
@@ -74,7 +74,8 @@ class Pass {
         data_(target.mutable_data_ptr<float>()),
         taps_(tap_offsets(convolution, source_.pitch)) {
     if (is_transposed) std::reverse(taps_.begin(), taps_.end());
-    const int64_t step_bytes = kPanelRows * num_taps() * MatrixUnit::kStep * MatrixUnit::kElementBytes;
+    const int64_t step_bytes =
+        kPanelRows * num_taps() * MatrixUnit::kStep * MatrixUnit::kElementBytes;
     chunk_ = std::min(round_up(source_.channels, MatrixUnit::kStep),
                       std::max<int64_t>(1, kPanelBytes / step_bytes) * MatrixUnit::kStep);
     slice_ = std::min(chunk_, std::max<int64_t>(1, kSliceCols / (num_taps() * MatrixUnit::kStep)) *
@@ -111,7 +112,7 @@ class Pass {
       int64_t pixel = 0;
       for (int64_t first = 0; first < positions; first += MatrixUnit::kTile) {
         MatrixUnit::Tile tile{(image * source.image_pixels() + first) * kPixelBytes,
-                                 image * target_.image_step + pixel * target_.pixel_step, 0};
+                              image * target_.image_step + pixel * target_.pixel_step, 0};
         for (int64_t i = 0; i < MatrixUnit::kTile && first + i < positions; ++i) {
           if ((first + i) % source.pitch >= target_.width) continue;
           tile.lanes |= 1 << i;
@@ -128,8 +129,8 @@ class Pass {
     char* packed = static_cast<char*>(Scratch<Purpose::kPackedBatch>::get(packed_bytes(source)));
     at::parallel_for(
         0, ceil_divide(source.channels, MatrixUnit::kStep), 1, [&](int64_t begin, int64_t end) {
-          auto* scratch = static_cast<float*>(Scratch<Purpose::kPatches>::get(
-              MatrixUnit::padding_scratch(source) * sizeof(float)));
+          auto* scratch = static_cast<float*>(
+              Scratch<Purpose::kPatches>::get(MatrixUnit::padding_scratch(source) * sizeof(float)));
           for (int64_t i = begin; i < end; ++i) {
             kernels().matrix_unit->pack_channel_pairs(source, i * MatrixUnit::kStep,
                                                       packed + i * step_bytes, scratch);
@@ -147,21 +148,33 @@ class Pass {
     const int64_t stride = is_channels_last ? target_.pixel_step : target_.channel_step;
     at::parallel_for(
         0, ceil_divide(target_.channels, kPanelRows), 1, [&](int64_t begin, int64_t end) {
-          Pipeline pipeline(MatrixUnit::packed_bytes(kPanelRows, chunk_ * num_taps()),
-                            floats_of_slice());
+          const int64_t panel_bytes = MatrixUnit::packed_bytes(kPanelRows, chunk_ * num_taps());
+          auto* panel = static_cast<char*>(
+              Scratch<Purpose::kPanels>::get(panel_bytes + floats_of_slice() * sizeof(float)));
+          auto* floats = reinterpret_cast<float*>(panel + panel_bytes);
+          const MatrixUnit& unit = *kernels().matrix_unit;
+          unit.prepare();
           for (int64_t row = begin * kPanelRows; row < end * kPanelRows; row += kPanelRows) {
             const int64_t rows = std::min(kPanelRows, target_.channels - row);
             start_sums(target, source.num_images, row, rows);
             for (int64_t channel = 0; channel < source.channels; channel += chunk_) {
               const int64_t channels = std::min(chunk_, source.channels - channel);
-              pack_panel(row, rows, channel, channels, pipeline);
-              const int64_t depth = round_up(channels, MatrixUnit::kStep) * num_taps();
-              pipeline.start({packed + channel / MatrixUnit::kStep * step_bytes, pipeline.panel(),
-                              positions, rows, depth, target + row * target_.channel_step, stride,
-                              !is_channels_last, &images});
+              pack_panel(row, rows, channel, channels, panel, floats);
+              MatrixUnit::Product product{packed + channel / MatrixUnit::kStep * step_bytes,
+                                          panel,
+                                          positions,
+                                          rows,
+                                          round_up(channels, MatrixUnit::kStep) * num_taps(),
+                                          target + row * target_.channel_step,
+                                          stride,
+                                          !is_channels_last,
+                                          &images};
+              unit.start(product);
+              unit.advance(product, product.steps_left);
+              if (!product.finite) finite_ = false;
             }
           }
-          if (!pipeline.finish()) finite_ = false;
+          unit.release();
         });
   }
 
@@ -189,16 +202,11 @@ class Pass {
   }
 
   /// Reconstructs and packs what leads from channels of the source to `rows` of the target.
-  void pack_panel(int64_t row, int64_t rows, int64_t channel, int64_t channels,
-                  Pipeline& pipeline) const {
+  void pack_panel(int64_t row, int64_t rows, int64_t channel, int64_t channels, char* panel,
+                  float* floats) const {
     const int64_t taps = num_taps(), row_tiles = ceil_divide(rows, MatrixUnit::kTile);
-    const int64_t vectors = std::max<int64_t>(weight_.hash.block(), kernels().lanes);
-    const auto meanwhile = pipeline.expect(
-        (is_transposed_ ? channels * ceil_divide(rows * taps, vectors)
-                        : rows * ceil_divide(channels * taps, vectors)) +
-        row_tiles * ceil_divide(channels, MatrixUnit::kStep) * taps);
     const auto packed = [&](int64_t tile, int64_t first) {
-      return pipeline.panel() +
+      return panel +
              MatrixUnit::packed_bytes(tile * MatrixUnit::kTile,
                                       round_up(channels, MatrixUnit::kStep) * taps) +
              MatrixUnit::packed_bytes(MatrixUnit::kTile, first * taps);
@@ -212,17 +220,17 @@ class Pass {
           const int64_t stride = kPanelRows * taps + kPadding;
           if (tile == 0) {
             kernels().reconstruct(weight_, {channel + first, count, row * taps, rows * taps},
-                                  pipeline.floats(), stride, meanwhile);
+                                  floats, stride, {});
           }
-          kernels().matrix_unit->pack_taps(true, pipeline.floats() + tile_row * taps, stride,
-                                           tile_rows, count, taps, packed(tile, first), meanwhile);
+          kernels().matrix_unit->pack_taps(true, floats + tile_row * taps, stride, tile_rows, count,
+                                           taps, packed(tile, first));
         } else {
           const int64_t stride = slice_ * taps + kPadding;
-          kernels().reconstruct(
-              weight_, {row + tile_row, tile_rows, (channel + first) * taps, count * taps},
-              pipeline.floats(), stride, meanwhile);
-          kernels().matrix_unit->pack_taps(false, pipeline.floats(), stride, tile_rows,
-                                           count, taps, packed(tile, first), meanwhile);
+          kernels().reconstruct(weight_,
+                                {row + tile_row, tile_rows, (channel + first) * taps, count * taps},
+                                floats, stride, {});
+          kernels().matrix_unit->pack_taps(false, floats, stride, tile_rows, count, taps,
+                                           packed(tile, first));
         }
       }
     }
@@ -246,15 +254,15 @@ bool is_dense(const at::Tensor& images) {
 }  // namespace
 
 bool prefers_matrix_unit(const Convolution& convolution, const at::Tensor& images) {
-  if (kernels().matrix_unit == nullptr || images.scalar_type() != at::kFloat ||
-      !is_dense(images) || convolution.groups != 1) {
+  if (kernels().matrix_unit == nullptr || images.scalar_type() != at::kFloat || !is_dense(images) ||
+      convolution.groups != 1) {
     return false;
   }
   for (int dim = 0; dim < 2; ++dim) {
     const int64_t reach = convolution.dilation[dim] * (convolution.kernel_size[dim] - 1);
     if (convolution.stride[dim] != 1 || convolution.padding[dim] > reach) return false;
   }
-  return true;
+  return convolution.kernel_size[0] * convolution.kernel_size[1] <= MatrixUnit::kMaxTaps;
 }
 
 bool matrix_unit_forward(const Convolution& convolution, const CheckedWeight& weight,
