@@ -200,6 +200,17 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward_weight(
   const CheckedWeight whole = source.part(0, 0, convolution.out_channels, convolution.cols());
   if (input.numel() == 0) return {at::zeros_like(pool), at::zeros_like(theta)};
   WeightGradients gradients = zero_gradients(whole);
+  const auto results = [&] {
+    return std::tuple(gradients.pool.to(pool.scalar_type()),
+                      whole.theta_gradient(gradients.theta, theta));
+  };
+  const bool tries_unit =
+      prefers_matrix_unit(convolution, input) && prefers_matrix_unit(convolution, grad_output);
+  if (tries_unit &&
+      add_matrix_unit_backward_weight(convolution, whole, grad_output, input, gradients)) {
+    return results();
+  }
+  if (tries_unit) gradients = zero_gradients(whole);
   if (prefers_platform(convolution, input.scalar_type())) {
     add_platform_backward_weight(convolution, source, grad_output, input, gradients);
   } else {
@@ -209,7 +220,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward_weight(
                            convolution.patches(input, group), gradients);
     }
   }
-  return {gradients.pool.to(pool.scalar_type()), whole.theta_gradient(gradients.theta, theta)};
+  return results();
 }
 
 TORCH_LIBRARY_IMPL(hfh, CPU, m) {

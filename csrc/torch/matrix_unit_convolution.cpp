@@ -1,8 +1,9 @@
+#include "torch/matrix_unit_convolution.h"
+
 #include <ATen/ATen.h>
 
 #include <atomic>
 
-#include "torch/convolution.h"
 #include "torch/parallel.h"
 
 // Convolutions of float32 images of stride 1 on the matrix unit, with no patches: an operand of
@@ -22,6 +23,8 @@ constexpr int64_t kPixelBytes = 4 * MatrixUnit::kTile;
 constexpr int64_t kPackedBytes = 3 << 19;
 // A panel of the weight, of a thread's own.
 constexpr int64_t kPanelRows = 2 * MatrixUnit::kTile, kPanelBytes = 7 << 16;
+// Of the inner dimension of the weight's gradient, packed at once where images are small.
+constexpr int64_t kGradientSteps = 32;
 // Columns of the weight that are reconstructed at once.
 constexpr int64_t kSliceCols = 576;
 // Not a power of two, which would map all rows to the same few cache lines.
@@ -47,6 +50,11 @@ PaddedImages some_images(PaddedImages images, int64_t first, int64_t count) {
   images.data += first * images.image_step;
   images.num_images = count;
   return images;
+}
+
+float* padding_scratch(const PaddedImages& images) {
+  return static_cast<float*>(
+      Scratch<Purpose::kPatches>::get(MatrixUnit::padding_scratch(images) * sizeof(float)));
 }
 
 /// Pixels that each tap is away from the first, in the order of the weight's columns.
@@ -273,6 +281,100 @@ bool matrix_unit_forward(const Convolution& convolution, const CheckedWeight& we
 bool matrix_unit_backward_input(const Convolution& convolution, const CheckedWeight& weight,
                                 const at::Tensor& grad_output, at::Tensor& grad_input) {
   return Pass(convolution, weight, true, grad_output, {}, grad_input).run();
+}
+
+int64_t ConvolutionGradient::images_at_once(const Convolution& convolution,
+                                            const at::Tensor& input) {
+  const PaddedImages one =
+      some_images(padded(input, convolution.padding[0], convolution.padding[1]), 0, 1);
+  const int64_t tiles = ceil_divide(std::min(kTileChannels, one.channels), MatrixUnit::kTile);
+  return std::clamp<int64_t>(kPackedBytes / (tiles * MatrixUnit::packed_bytes(one)), 1,
+                             std::max<int64_t>(1, input.size(0)));
+}
+
+ConvolutionGradient::ConvolutionGradient(const Convolution& convolution,
+                                         const at::Tensor& grad_output, const at::Tensor& input)
+    : input_(padded(input, convolution.padding[0], convolution.padding[1])),
+      grad_output_(padded(grad_output, 0, 0)),
+      taps_(tap_offsets(convolution, input_.pitch)) {
+  grad_output_.pitch = input_.pitch;
+}
+
+void ConvolutionGradient::select_columns(int64_t col, int64_t cols) {
+  channels_ = cols / num_taps();
+  const int64_t count = ceil_divide(channels_, MatrixUnit::kTile);
+  const int64_t bytes = MatrixUnit::packed_bytes(input_);
+  packed_input_ = static_cast<char*>(Scratch<Purpose::kPackedBatch>::get(count * bytes));
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    float* scratch = padding_scratch(input_);
+    for (int64_t i = begin; i < end; ++i) {
+      kernels().matrix_unit->pack_pixel_pairs(input_, col / num_taps() + i * MatrixUnit::kTile,
+                                              packed_input_ + i * bytes, scratch);
+    }
+  });
+  tiles_.clear();
+  for (int64_t tap = 0; tap < num_taps(); ++tap) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t channel = i * MatrixUnit::kTile;
+      const int64_t lanes = std::min(MatrixUnit::kTile, channels_ - channel);
+      tiles_.push_back({i * bytes + taps_[tap] * kPixelBytes, tap * channels_ + channel,
+                        static_cast<uint16_t>((1 << lanes) - 1)});
+    }
+  }
+}
+
+bool ConvolutionGradient::multiply(int64_t row, int64_t rows, float* out, int64_t stride) const {
+  const MatrixUnit& unit = *kernels().matrix_unit;
+  const int64_t steps_of_image = ceil_divide(grad_output_.image_pixels(), MatrixUnit::kStep);
+  const int64_t at_once =
+      std::clamp(kGradientSteps / steps_of_image, int64_t{1}, grad_output_.num_images);
+  const int64_t depth = at_once * steps_of_image * MatrixUnit::kStep;
+  const int64_t cols = channels_ * num_taps();
+  const int64_t packed_bytes = MatrixUnit::packed_bytes(rows, depth);
+  auto* packed = static_cast<char*>(
+      Scratch<Purpose::kPanels>::get(packed_bytes + rows * cols * sizeof(float)));
+  // Tap by tap, which the weight's columns are not.
+  auto* sums = reinterpret_cast<float*>(packed + packed_bytes);
+  std::fill_n(sums, rows * cols, 0.0f);
+  float* scratch = padding_scratch(input_);
+  bool finite = true;
+  unit.prepare();
+  for (int64_t first = 0; first < grad_output_.num_images; first += at_once) {
+    const int64_t images = std::min(at_once, grad_output_.num_images - first);
+    const int64_t size = images * steps_of_image * MatrixUnit::kStep;
+    std::vector<int64_t> steps;
+    for (int64_t i = 0; i < images; ++i) {
+      for (int64_t step = 0; step < steps_of_image; ++step) {
+        steps.push_back(((first + i) * input_.image_pixels() + step * MatrixUnit::kStep) *
+                        kPixelBytes);
+      }
+      for (int64_t r = 0; r < rows; r += MatrixUnit::kTile) {
+        unit.pack_pixels(
+            grad_output_, first + i, row + r,
+            packed + MatrixUnit::packed_bytes(r, size) +
+                i * MatrixUnit::packed_bytes(MatrixUnit::kTile, steps_of_image * MatrixUnit::kStep),
+            scratch);
+      }
+    }
+    const MatrixUnit::Images operand{Side::kRight, tiles_.data(), steps.data(),
+                                     MatrixUnit::piece_bytes(input_)};
+    MatrixUnit::Product product{
+        packed,  packed_input_, rows, static_cast<int64_t>(tiles_.size()) * MatrixUnit::kTile,
+        size,    sums,          cols, false,
+        &operand};
+    unit.start(product);
+    unit.advance(product, product.steps_left);
+    finite = finite && product.finite;
+  }
+  unit.release();
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t tap = 0; tap < num_taps(); ++tap) {
+      const float* source = sums + i * cols + tap * channels_;
+      float* target = out + i * stride + tap;
+      for (int64_t c = 0; c < channels_; ++c) target[c * num_taps()] = source[c];
+    }
+  }
+  return finite;
 }
 
 }  // namespace hfh::torch_ops
