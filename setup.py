@@ -34,6 +34,7 @@ TORCH_SOURCES = [
     "csrc/torch/lookup.cpp",
     "csrc/torch/lookup_backward.cpp",
     "csrc/torch/matrix_unit.cpp",
+    "csrc/torch/matrix_unit_convolution.cpp",
     "csrc/torch/module.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/panels.cpp",
@@ -57,7 +58,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/table.cpp",
 ]
 # Capabilities that only add something to the one before.
-ADDED_SOURCES = {"avx512_amx": ["csrc/cpu/matrix_unit.cpp"]}
+ADDED_SOURCES = {
+    "avx512_amx": ["csrc/cpu/matrix_unit.cpp", "csrc/cpu/matrix_unit_convolution.cpp"],
+}
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512 += ["-mfma", "-mprefer-vector-width=512"]

@@ -2,10 +2,10 @@
 
 #include <immintrin.h>
 
-#include <cstring>
+#include <bit>
 
 #include "cpu/kernels.h"
-#include "cpu/multiply.h"
+#include "cpu/matrix_unit_tiles.h"
 
 HFH_NAMESPACE_BEGIN
 
@@ -13,62 +13,6 @@ namespace {
 
 using cpu::MatrixUnit;
 using Side = MatrixUnit::Side;
-
-constexpr int64_t kTile = MatrixUnit::kTile, kStep = MatrixUnit::kStep;
-constexpr int kPieces = 3;
-// A tile of a packed operand: 16 rows of 16 pairs of elements, a pair being elements k and k + 16
-// of a step of the inner dimension.
-constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kRowBytes = 64;
-static_assert(kFloatLanes == kTile && kStep == 2 * kTile);
-static_assert(kPieces * kTileBytes == kTile * kStep * MatrixUnit::kElementBytes);
-
-int64_t steps_of(int64_t depth) { return (depth + kStep - 1) / kStep; }
-
-__mmask16 first_lanes(int64_t count) {
-  return count >= kTile ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1 << count) - 1);
-}
-
-/// Those elements of a vector in memory; zero elsewhere, where no memory is touched.
-FloatVector load_lanes(__mmask16 lanes, const float* source) {
-  return (FloatVector)_mm512_maskz_loadu_ps(lanes, source);
-}
-
-/// The pieces of 16 pairs; the upper half of a float is a bfloat16.
-struct Pairs {
-  UintVector piece[kPieces];
-};
-
-Pairs split(FloatVector first, FloatVector second) {
-  constexpr uint32_t kUpper = 0xffff0000;
-  Pairs pairs;
-  for (int p = 0; p < kPieces; ++p) {
-    pairs.piece[p] = ((UintVector)second & kUpper) | ((UintVector)first >> 16);
-    first -= (FloatVector)((UintVector)first & kUpper);
-    second -= (FloatVector)((UintVector)second & kUpper);
-  }
-  return pairs;
-}
-
-/// Packs one tile of all pieces; `load(i, half)` gives 16 floats: of the pairs of row i of the
-/// untransposed tile, their first or their second elements.
-template <bool kTransposed, class Load>
-void pack_tile(const Load& load_row, char* packed) {
-  alignas(64) float rows[kPieces][kTile][kTile];
-  for (int64_t i = 0; i < kTile; ++i) {
-    const Pairs pairs = split(load_row(i, 0), load_row(i, 1));
-    for (int p = 0; p < kPieces; ++p) {
-      void* row =
-          kTransposed ? static_cast<void*>(rows[p][i]) : packed + p * kTileBytes + i * kRowBytes;
-      store(row, pairs.piece[p]);
-    }
-  }
-  if constexpr (kTransposed) {
-    for (int p = 0; p < kPieces; ++p) {
-      transpose_square(rows[p][0], kTile, reinterpret_cast<float*>(packed + p * kTileBytes), kTile);
-    }
-  }
-}
 
 template <bool kTransposed>
 void pack_rows(const float* source, int64_t stride, int64_t extent, int64_t depth, char* packed,
@@ -154,18 +98,27 @@ constexpr PiecePair kPairs[] = {
 };
 constexpr int kNumPairs = 6;
 
+/// Where a step finds an operand's tiles: the first one, and how many bytes lead to the next and
+/// from piece to piece.
+struct Operand {
+  const char* tile;
+  int64_t next, piece;
+};
+
 /// Adds the products of one pair of pieces over a step of the inner dimension, for kRows x kCols
-/// tiles; `next` bytes lead from a tile of an operand to the one below or beside it.
+/// tiles.
 template <int kPair, int kRows, int kCols>
-void multiply_pieces(const char* left, const char* right, int64_t next) {
+void multiply_pieces(const Operand& left, const Operand& right) {
   constexpr PiecePair pair = kPairs[kPair];
   if constexpr (pair.loads_left) {
-    _tile_loadd(4, left + pair.left * kTileBytes, kRowBytes);
-    if constexpr (kRows > 1) _tile_loadd(5, left + next + pair.left * kTileBytes, kRowBytes);
+    const char* tile = left.tile + pair.left * left.piece;
+    _tile_loadd(4, tile, kRowBytes);
+    if constexpr (kRows > 1) _tile_loadd(5, tile + left.next, kRowBytes);
   }
   if constexpr (pair.loads_right) {
-    _tile_loadd(6, right + pair.right * kTileBytes, kRowBytes);
-    if constexpr (kCols > 1) _tile_loadd(7, right + next + pair.right * kTileBytes, kRowBytes);
+    const char* tile = right.tile + pair.right * right.piece;
+    _tile_loadd(6, tile, kRowBytes);
+    if constexpr (kCols > 1) _tile_loadd(7, tile + right.next, kRowBytes);
   }
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (kCols > 1) _tile_dpbf16ps(1, 4, 7);
@@ -173,7 +126,7 @@ void multiply_pieces(const char* left, const char* right, int64_t next) {
   if constexpr (kRows > 1 && kCols > 1) _tile_dpbf16ps(3, 5, 7);
 }
 
-using MultiplyPieces = void (*)(const char* left, const char* right, int64_t next);
+using MultiplyPieces = void (*)(const Operand& left, const Operand& right);
 
 /// By pair of pieces, and whether there are two tiles down and across.
 constexpr MultiplyPieces kMultiplyPieces[kNumPairs][2][2] = {
@@ -187,6 +140,20 @@ constexpr MultiplyPieces kMultiplyPieces[kNumPairs][2][2] = {
 #undef HFH_PAIR
 };
 
+/// All pairs of pieces.
+template <int kRows, int kCols>
+void multiply_step(const Operand& left, const Operand& right) {
+  multiply_pieces<0, kRows, kCols>(left, right);
+  multiply_pieces<1, kRows, kCols>(left, right);
+  multiply_pieces<2, kRows, kCols>(left, right);
+  multiply_pieces<3, kRows, kCols>(left, right);
+  multiply_pieces<4, kRows, kCols>(left, right);
+  multiply_pieces<5, kRows, kCols>(left, right);
+}
+
+constexpr MultiplyPieces kMultiplyStep[2][2] = {{multiply_step<1, 1>, multiply_step<1, 2>},
+                                                {multiply_step<2, 1>, multiply_step<2, 2>}};
+
 void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);
@@ -194,14 +161,26 @@ void zero_sums() {
   _tile_zero(3);
 }
 
-/// Adds a tile to memory, as far as it reaches; what is not finite leaves NaN in `check`.
-void add_tile(const float (*tile)[kTile], int64_t rows, int64_t cols, float* sums, int64_t stride,
-              FloatVector& check) {
-  const __mmask16 lanes = first_lanes(cols);
-  for (int64_t i = 0; i < kTile && i < rows; ++i) {
-    float* target = sums + i * stride;
-    const FloatVector sum = load_lanes(lanes, target) + load_lanes(lanes, tile[i]);
-    _mm512_mask_storeu_ps(target, lanes, (__m512)sum);
+/// The tile of an operand from row or column `first` on.
+MatrixUnit::Tile tile_at(const MatrixUnit::Product& product, Side side, int64_t first) {
+  const MatrixUnit::Images* images = product.images;
+  if (images != nullptr && images->side == side) return images->tiles[first / kTile];
+  const bool strides = (side == Side::kLeft) != product.is_transposed;
+  return {first * steps_of(product.depth) * kPieces * kTileBytes / kTile,
+          strides ? first * product.stride : first,
+          first_lanes((side == Side::kLeft ? product.rows : product.cols) - first)};
+}
+
+/// Adds those rows and columns of a tile to memory, side by side; what is not finite leaves NaN in
+/// `check`.
+void add_tile(const float (*tile)[kTile], __mmask16 rows, __mmask16 cols, float* sums,
+              int64_t stride, FloatVector& check) {
+  const __mmask16 lanes = first_lanes(std::popcount(cols));
+  for (uint32_t left = rows; left != 0; left &= left - 1, sums += stride) {
+    const __m512 row = _mm512_load_ps(tile[std::countr_zero(left)]);
+    const FloatVector sum =
+        load_lanes(lanes, sums) + (FloatVector)_mm512_maskz_compress_ps(cols, row);
+    _mm512_mask_storeu_ps(sums, lanes, (__m512)sum);
     check += sum * 0.0f;
   }
 }
@@ -216,15 +195,15 @@ void add_sums(MatrixUnit::Product& product) {
   FloatVector check = {};
   for (int i = 0; i < 4; ++i) {
     const int64_t row = product.row + i / 2 * kTile, col = product.col + i % 2 * kTile;
-    const int64_t rows = product.rows - row, cols = product.cols - col;
-    if (rows <= 0 || cols <= 0) continue;
+    if (row >= product.rows || col >= product.cols) continue;
+    const MatrixUnit::Tile rows = tile_at(product, Side::kLeft, row);
+    const MatrixUnit::Tile cols = tile_at(product, Side::kRight, col);
+    float* sums = product.sums + rows.sums + cols.sums;
     if (product.is_transposed) {
       transpose_square(tiles[i][0], kTile, turned[0], kTile);
-      add_tile(turned, cols, rows, product.sums + col * product.stride + row, product.stride,
-               check);
+      add_tile(turned, cols.lanes, rows.lanes, sums, product.stride, check);
     } else {
-      add_tile(tiles[i], rows, cols, product.sums + row * product.stride + col, product.stride,
-               check);
+      add_tile(tiles[i], rows.lanes, cols.lanes, sums, product.stride, check);
     }
   }
   product.finite = product.finite && horizontal_sum(check) == 0.0f;
@@ -232,14 +211,29 @@ void add_sums(MatrixUnit::Product& product) {
 
 /// Asks for the memory of the next tiles of sums, which lies a page apart from row to row.
 void prefetch_sums(const MatrixUnit::Product& product) {
-  const bool turned = product.is_transposed;
-  const int64_t first = turned ? product.col : product.row,
-                size = turned ? product.cols : product.rows;
-  const int64_t along = turned ? product.row : product.col;
-  for (int64_t i = first; i < size && i < first + 2 * kTile; ++i) {
-    __builtin_prefetch(product.sums + i * product.stride + along, 1);
-    __builtin_prefetch(product.sums + i * product.stride + along + kTile, 1);
+  for (int64_t row = product.row; row < product.rows && row < product.row + 2 * kTile;
+       row += kTile) {
+    const MatrixUnit::Tile rows = tile_at(product, Side::kLeft, row);
+    for (int64_t col = product.col; col < product.cols && col < product.col + 2 * kTile;
+         col += kTile) {
+      const MatrixUnit::Tile cols = tile_at(product, Side::kRight, col);
+      const int count = std::popcount(product.is_transposed ? cols.lanes : rows.lanes);
+      const float* sums = product.sums + rows.sums + cols.sums;
+      for (int i = 0; i < count; ++i) __builtin_prefetch(sums + i * product.stride, 1);
+    }
   }
+}
+
+/// Where the next step finds tiles from row or column `first` on.
+Operand operand_at(const MatrixUnit::Product& product, Side side, const void* packed, int64_t first,
+                   bool two) {
+  const MatrixUnit::Images* images = product.images;
+  const bool is_images = images != nullptr && images->side == side;
+  const int64_t step = product.k / kStep, tile = tile_at(product, side, first).bytes;
+  const int64_t next = two ? tile_at(product, side, first + kTile).bytes - tile : 0;
+  const int64_t inner = is_images ? images->steps[step] : step * kPieces * kTileBytes;
+  return {static_cast<const char*>(packed) + tile + inner, next,
+          is_images ? images->piece_bytes : kTileBytes};
 }
 
 void start(MatrixUnit::Product& product) {
@@ -250,19 +244,21 @@ void start(MatrixUnit::Product& product) {
 }
 
 void advance(MatrixUnit::Product& product, int64_t steps) {
-  const int64_t next = steps_of(product.depth) * kPieces * kTileBytes;
   if (steps > product.steps_left) steps = product.steps_left;
   product.steps_left -= steps;
-  while (steps-- > 0) {
-    const int64_t offset = product.k / kStep * kPieces * kTileBytes;
-    const char* left = static_cast<const char*>(product.left) + product.row / kTile * next + offset;
-    const char* right =
-        static_cast<const char*>(product.right) + product.col / kTile * next + offset;
+  while (steps > 0) {
     const bool two_down = product.rows - product.row > kTile;
     const bool two_across = product.cols - product.col > kTile;
-    kMultiplyPieces[product.pair][two_down][two_across](left, right, next);
+    const bool whole_step = product.pair == 0 && steps >= kNumPairs;
+    const int pairs = whole_step ? kNumPairs : 1;
+    const auto& multiply = whole_step ? kMultiplyStep : kMultiplyPieces[product.pair];
     if (product.pair == 0 && product.k == 0) prefetch_sums(product);
-    if (++product.pair < kNumPairs) continue;
+    multiply[two_down][two_across](
+        operand_at(product, Side::kLeft, product.left, product.row, two_down),
+        operand_at(product, Side::kRight, product.right, product.col, two_across));
+    steps -= pairs;
+    product.pair += pairs;
+    if (product.pair < kNumPairs) continue;
     product.pair = 0;
     product.k += kStep;
     if (product.k < product.depth) continue;
@@ -284,7 +280,16 @@ namespace hfh::cpu {
 
 const MatrixUnit& amx() {
   static constexpr MatrixUnit unit{
-      pack_inner_contiguous, pack_outer_contiguous, prepare, release, start, advance,
+      pack_inner_contiguous,
+      pack_outer_contiguous,
+      pack_taps,
+      pack_channel_pairs,
+      pack_pixel_pairs,
+      pack_pixels,
+      prepare,
+      release,
+      start,
+      advance,
   };
   return unit;
 }

@@ -133,11 +133,15 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& pool, const at::Ten
   check_images(input, "input", pool);
   const Convolution convolution(input.sizes(), out_channels, HFH_GEOMETRY_ARGUMENTS);
   const WeightSource source{pool, theta, {HFH_WEIGHT_ARGUMENTS}};
-  source.part(0, 0, out_channels, convolution.cols());
+  const CheckedWeight whole = source.part(0, 0, out_channels, convolution.cols());
   const at::Tensor bias_tensor = bias.value_or(at::Tensor());
   if (bias_tensor.defined()) check_bias(bias_tensor, out_channels, input);
   at::Tensor output = at::empty(convolution.output_size(), input.options(), format_like(input));
   if (output.numel() == 0) return output;
+  if (prefers_matrix_unit(convolution, input) &&
+      matrix_unit_forward(convolution, whole, input, bias_tensor, output)) {
+    return output;
+  }
   if (prefers_platform(convolution, input.scalar_type())) {
     platform_forward(convolution, source, input, bias_tensor, output);
     return output;
@@ -159,9 +163,13 @@ at::Tensor conv2d_backward_input(const at::Tensor& grad_output, const at::Tensor
   const Convolution convolution(input_size, grad_output.size(1), HFH_GEOMETRY_ARGUMENTS);
   check_grad_output(grad_output, convolution);
   const WeightSource source{pool, theta, {HFH_WEIGHT_ARGUMENTS}};
-  source.part(0, 0, convolution.out_channels, convolution.cols());
+  const CheckedWeight whole = source.part(0, 0, convolution.out_channels, convolution.cols());
   at::Tensor grad_input = at::empty(input_size, grad_output.options(), format_like(grad_output));
   if (grad_input.numel() == 0) return grad_input;
+  if (prefers_matrix_unit(convolution, grad_output) &&
+      matrix_unit_backward_input(convolution, whole, grad_output, grad_input)) {
+    return grad_input;
+  }
   if (prefers_platform(convolution, grad_output.scalar_type())) {
     platform_backward_input(convolution, source, grad_output, grad_input);
     return grad_input;
@@ -192,6 +200,17 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward_weight(
   const CheckedWeight whole = source.part(0, 0, convolution.out_channels, convolution.cols());
   if (input.numel() == 0) return {at::zeros_like(pool), at::zeros_like(theta)};
   WeightGradients gradients = zero_gradients(whole);
+  const auto results = [&] {
+    return std::tuple(gradients.pool.to(pool.scalar_type()),
+                      whole.theta_gradient(gradients.theta, theta));
+  };
+  const bool tries_unit =
+      prefers_matrix_unit(convolution, input) && prefers_matrix_unit(convolution, grad_output);
+  if (tries_unit &&
+      add_matrix_unit_backward_weight(convolution, whole, grad_output, input, gradients)) {
+    return results();
+  }
+  if (tries_unit) gradients = zero_gradients(whole);
   if (prefers_platform(convolution, input.scalar_type())) {
     add_platform_backward_weight(convolution, source, grad_output, input, gradients);
   } else {
@@ -201,7 +220,7 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward_weight(
                            convolution.patches(input, group), gradients);
     }
   }
-  return {gradients.pool.to(pool.scalar_type()), whole.theta_gradient(gradients.theta, theta)};
+  return results();
 }
 
 TORCH_LIBRARY_IMPL(hfh, CPU, m) {

@@ -47,6 +47,19 @@ struct WeightSource {
   CheckedWeight part(int64_t row, int64_t col, int64_t rows, int64_t cols) const;
 };
 
+/// Whether a convolution of such images, or its gradients, belong on the matrix unit.
+bool prefers_matrix_unit(const Convolution& convolution, const at::Tensor& images);
+
+/// Each returns whether it is done: it is not where something is not finite.
+bool matrix_unit_forward(const Convolution& convolution, const CheckedWeight& weight,
+                         const at::Tensor& input, const at::Tensor& bias, at::Tensor& output);
+bool matrix_unit_backward_input(const Convolution& convolution, const CheckedWeight& weight,
+                                const at::Tensor& grad_output, at::Tensor& grad_input);
+/// Where this is not done, the sum is of no use.
+bool add_matrix_unit_backward_weight(const Convolution& convolution, const CheckedWeight& weight,
+                                     const at::Tensor& grad_output, const at::Tensor& input,
+                                     WeightGradients& sum);
+
 /// Whether the platform's own convolution, given a bounded part of the weight and of the images at
 /// a time, is faster than products with patches: for groups, small weights and many positions.
 bool prefers_platform(const Convolution& convolution, at::ScalarType dtype);

@@ -4,13 +4,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 
 #include "torch/parallel.h"
-static int dbg() {
-  static int v = getenv("DBG") ? atoi(getenv("DBG")) : 0;
-  return v;
-}
+
 namespace hfh::torch_ops {
 
 namespace {
@@ -115,8 +111,6 @@ class Pipeline {
   int64_t calls_left_ = 1;
   bool finite_ = true;
 };
-
-int64_t ceil_divide(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 /// Calls that reconstructing and packing a panel makes to `Meanwhile`.
 int64_t calls_of_panel(const VirtualWeight& weight, int64_t rows, int64_t cols) {

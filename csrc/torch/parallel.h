@@ -38,6 +38,8 @@ inline int64_t element_size(at::ScalarType dtype) {
   return static_cast<int64_t>(c10::elementSize(dtype));
 }
 
+inline int64_t ceil_divide(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
 inline int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }

@@ -1,10 +1,12 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "torch/gemm.h"
 #include "torch/matrix_unit.h"
+#include "torch/matrix_unit_convolution.h"
 #include "torch/panels.h"
 #include "torch/parallel.h"
 #include "torch/slot_products.h"
@@ -42,6 +44,7 @@ class GivenGradient {
   explicit GivenGradient(const at::Tensor& gradient) : matrix_(matrix_of(gradient)) {}
 
   at::ScalarType dtype() const { return matrix_.dtype; }
+  int64_t tile_cols() const { return kTileCols; }
   bool is_product() const { return false; }
   void select_columns(int64_t, int64_t) {}
   Matrix tile(const TileBounds& tile, at::Tensor&) {
@@ -59,6 +62,7 @@ class ProductGradient {
       : grad_output_(matrix_of(grad_output)), input_(matrix_of(input)) {}
 
   at::ScalarType dtype() const { return input_.dtype; }
+  int64_t tile_cols() const { return kTileCols; }
   bool is_product() const { return true; }
   void select_columns(int64_t, int64_t) {}
   Matrix tile(const TileBounds& tile, at::Tensor& storage) {
@@ -81,6 +85,7 @@ class MatrixUnitProduct {
               input.const_data_ptr<float>(), input.size(1), input.size(0)) {}
 
   at::ScalarType dtype() const { return at::kFloat; }
+  int64_t tile_cols() const { return kTileCols; }
   bool is_product() const { return true; }
   void select_columns(int64_t col, int64_t cols) { unit_.select_columns(col, cols); }
   Matrix tile(const TileBounds& tile, at::Tensor& storage) {
@@ -95,13 +100,37 @@ class MatrixUnitProduct {
   MatrixUnitGradient unit_;
 };
 
+/// A convolution's, on the matrix unit.
+class ConvolutionProduct {
+ public:
+  explicit ConvolutionProduct(ConvolutionGradient unit) : unit_(std::move(unit)) {}
+
+  at::ScalarType dtype() const { return at::kFloat; }
+  int64_t tile_cols() const { return unit_.tile_cols(); }
+  bool is_product() const { return true; }
+  void select_columns(int64_t col, int64_t cols) { unit_.select_columns(col, cols); }
+  Matrix tile(const TileBounds& tile, at::Tensor& storage) {
+    const Matrix product = matrix_of(storage).slice(0, tile.rows, 0, tile.cols);
+    if (!unit_.multiply(tile.row, tile.rows, static_cast<float*>(product.data),
+                        product.row_stride)) {
+      finite_ = false;
+    }
+    return product;
+  }
+  bool finite() const { return finite_; }
+
+ private:
+  ConvolutionGradient unit_;
+  std::atomic<bool> finite_ = true;
+};
+
 /// The tiles of a weight's gradient, and the work on each of them: those of one column of tiles at
 /// a time, for whatever a source of tiles prepares for them all.
 template <class Source>
 class BackwardTiles {
  public:
   BackwardTiles(const CheckedWeight& weight, Source& source)
-      : weight_(weight), source_(source), tile_cols_(std::min(kTileCols, weight.cols())) {
+      : weight_(weight), source_(source), tile_cols_(std::min(source.tile_cols(), weight.cols())) {
     const int64_t threads = at::get_num_threads();
     tile_rows_ = std::min(kTileRows, (weight.rows() + threads - 1) / threads);
   }
@@ -272,6 +301,20 @@ void add_weight_backward(const CheckedWeight& weight, const at::Tensor& grad_out
     MatrixUnitProduct source(grad_output.narrow(0, m, batch), input.narrow(0, m, batch));
     add_backward(weight, source, sum);
   }
+}
+
+bool add_matrix_unit_backward_weight(const Convolution& convolution, const CheckedWeight& weight,
+                                     const at::Tensor& grad_output, const at::Tensor& input,
+                                     WeightGradients& sum) {
+  const int64_t at_once = ConvolutionGradient::images_at_once(convolution, input);
+  for (int64_t image = 0; image < input.size(0); image += at_once) {
+    const int64_t count = std::min(at_once, input.size(0) - image);
+    ConvolutionProduct source(
+        {convolution, grad_output.narrow(0, image, count), input.narrow(0, image, count)});
+    add_backward(weight, source, sum);
+    if (!source.finite()) return false;
+  }
+  return true;
 }
 
 }  // namespace hfh::torch_ops

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "torch/convolution.h"
+
+namespace hfh::torch_ops {
+
+/// Tiles of the gradient of a convolution's weight, column by column of tiles: products of
+/// grad_output with the input, an operand of padded images, over all pixels.
+class ConvolutionGradient {
+ public:
+  ConvolutionGradient(const Convolution& convolution, const at::Tensor& grad_output,
+                      const at::Tensor& input);
+
+  /// Columns that tiles have: all taps of some channels.
+  int64_t tile_cols() const { return kTileChannels * num_taps(); }
+  /// Chooses the columns of the tiles to come. Not to be called in a parallel region.
+  void select_columns(int64_t col, int64_t cols);
+  /// Returns whether all of the tile is finite.
+  bool multiply(int64_t row, int64_t rows, float* out, int64_t stride) const;
+
+  /// Images to take at a time, for what is packed of them to stay in cache.
+  static int64_t images_at_once(const Convolution& convolution, const at::Tensor& input);
+
+ private:
+  static constexpr int64_t kTileChannels = 64;
+
+  int64_t num_taps() const { return static_cast<int64_t>(taps_.size()); }
+
+  cpu::PaddedImages input_, grad_output_;
+  std::vector<int64_t> taps_;
+  int64_t channels_ = 0;
+  char* packed_input_ = nullptr;
+  std::vector<cpu::MatrixUnit::Tile> tiles_;
+};
+
+}  // namespace hfh::torch_ops
