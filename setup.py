@@ -30,6 +30,7 @@ TORCH_SOURCES = [
     "csrc/torch/gemm.cpp",
     "csrc/torch/matrix_unit.cpp",
     "csrc/torch/matrix_unit_convolution.cpp",
+    "csrc/torch/matrix_unit_gradient.cpp",
     "csrc/torch/module.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/panels.cpp",
