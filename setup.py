@@ -35,6 +35,7 @@ TORCH_SOURCES = [
     "csrc/torch/lookup_backward.cpp",
     "csrc/torch/matrix_unit.cpp",
     "csrc/torch/matrix_unit_convolution.cpp",
+    "csrc/torch/matrix_unit_gradient.cpp",
     "csrc/torch/module.cpp",
     "csrc/torch/ops.cpp",
     "csrc/torch/panels.cpp",

@@ -283,6 +283,7 @@ const MatrixUnit& amx() {
       pack_inner_contiguous,
       pack_outer_contiguous,
       pack_taps,
+      transpose,
       pack_channel_pairs,
       pack_pixel_pairs,
       pack_pixels,

@@ -69,6 +69,8 @@ struct MatrixUnit {
   /// memory and the others `stride`; columns are at most kTile, and memory goes on for as many.
   void (*pack_taps)(bool is_transposed, const float* source, int64_t stride, int64_t cols,
                     int64_t channels, int64_t taps, void* packed);
+  /// target[j * stride + i] = source[i * cols + j]
+  void (*transpose)(const float* source, int64_t rows, int64_t cols, float* target, int64_t stride);
 
   static int64_t padding_scratch(const PaddedImages& images) {
     return 3 * kTile * (images.image_pixels() + 2 * kStep);

@@ -174,4 +174,20 @@ void pack_taps(bool is_transposed, const float* source, int64_t stride, int64_t 
   }
 }
 
+void transpose(const float* source, int64_t rows, int64_t cols, float* target, int64_t stride) {
+  alignas(64) float square[kTile][kTile], turned[kTile][kTile];
+  for (int64_t i = 0; i < rows; i += kTile) {
+    for (int64_t j = 0; j < cols; j += kTile) {
+      const __mmask16 down = first_lanes(rows - i), across = first_lanes(cols - j);
+      for (int64_t k = 0; k < kTile; ++k) {
+        store(square[k], load_lanes(i + k < rows ? across : 0, source + (i + k) * cols + j));
+      }
+      transpose_square(square[0], kTile, turned[0], kTile);
+      for (int64_t k = 0; k < kTile && j + k < cols; ++k) {
+        _mm512_mask_storeu_ps(target + (j + k) * stride + i, down, _mm512_load_ps(turned[k]));
+      }
+    }
+  }
+}
+
 HFH_NAMESPACE_END

@@ -69,6 +69,7 @@ void pack_tile(const Load& load_row, char* packed) {
 
 void pack_taps(bool is_transposed, const float* source, int64_t stride, int64_t cols,
                int64_t channels, int64_t taps, void* packed);
+void transpose(const float* source, int64_t rows, int64_t cols, float* target, int64_t stride);
 void pack_channel_pairs(const cpu::PaddedImages&, int64_t channel, void* packed, float* scratch);
 void pack_pixel_pairs(const cpu::PaddedImages&, int64_t channel, void* packed, float* scratch);
 void pack_pixels(const cpu::PaddedImages&, int64_t image, int64_t channel, void* packed,

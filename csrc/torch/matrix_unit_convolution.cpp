@@ -1,10 +1,8 @@
-#include "torch/matrix_unit_convolution.h"
-
 #include <ATen/ATen.h>
 
 #include <atomic>
 
-#include "torch/parallel.h"
+#include "torch/padded_images.h"
 
 // Convolutions of float32 images of stride 1 on the matrix unit, with no patches: an operand of
 // padded images is packed once, and each tap of the kernel reads it from another pixel on.
@@ -13,60 +11,14 @@ namespace hfh::torch_ops {
 
 namespace {
 
+using namespace padded_images;
 using cpu::kernels;
-using cpu::MatrixUnit;
-using cpu::PaddedImages;
 using Side = MatrixUnit::Side;
 
-constexpr int64_t kPixelBytes = 4 * MatrixUnit::kTile;
-// Packed images, which all threads read: most of a second-level cache.
-constexpr int64_t kPackedBytes = 3 << 19;
 // A panel of the weight, of a thread's own.
 constexpr int64_t kPanelRows = 2 * MatrixUnit::kTile, kPanelBytes = 7 << 16;
-// Of the inner dimension of the weight's gradient, packed at once where images are small.
-constexpr int64_t kGradientSteps = 32;
-// Columns of the weight that are reconstructed at once.
-constexpr int64_t kSliceCols = 576;
 // Not a power of two, which would map all rows to the same few cache lines.
 constexpr int64_t kPadding = 16;
-
-/// Images with `top` rows and `left` pixels of zeros before each.
-PaddedImages padded(const at::Tensor& images, int64_t top, int64_t left) {
-  return {images.const_data_ptr<float>(),
-          images.size(0),
-          images.size(1),
-          images.size(2),
-          images.size(3),
-          images.stride(0),
-          images.stride(1),
-          images.stride(2),
-          images.stride(3),
-          top,
-          left,
-          left + images.size(3)};
-}
-
-PaddedImages some_images(PaddedImages images, int64_t first, int64_t count) {
-  images.data += first * images.image_step;
-  images.num_images = count;
-  return images;
-}
-
-float* padding_scratch(const PaddedImages& images) {
-  return static_cast<float*>(
-      Scratch<Purpose::kPatches>::get(MatrixUnit::padding_scratch(images) * sizeof(float)));
-}
-
-/// Pixels that each tap is away from the first, in the order of the weight's columns.
-std::vector<int64_t> tap_offsets(const Convolution& convolution, int64_t pitch) {
-  std::vector<int64_t> offsets;
-  for (int64_t y = 0; y < convolution.kernel_size[0]; ++y) {
-    for (int64_t x = 0; x < convolution.kernel_size[1]; ++x) {
-      offsets.push_back(y * convolution.dilation[0] * pitch + x * convolution.dilation[1]);
-    }
-  }
-  return offsets;
-}
 
 /// A convolution of `source` to `target` with V or, for the gradient to the input, with its
 /// transpose: the taps then run backwards.
@@ -92,8 +44,7 @@ class Pass {
 
   /// Returns whether all sums are finite.
   bool run() {
-    const int64_t one = packed_bytes(some_images(source_, 0, 1));
-    const int64_t at_once = std::clamp<int64_t>(kPackedBytes / one, 1, source_.num_images);
+    const int64_t at_once = images_within(kPackedBytes, source_, source_.channels);
     for (int64_t image = 0; image < source_.num_images; image += at_once) {
       const int64_t count = std::min(at_once, source_.num_images - image);
       multiply(some_images(source_, image, count), data_ + image * target_.image_step);
@@ -108,10 +59,6 @@ class Pass {
     return is_transposed_ ? reach - padding : padding;
   }
   int64_t num_taps() const { return static_cast<int64_t>(taps_.size()); }
-  static int64_t packed_bytes(const PaddedImages& images) {
-    return ceil_divide(images.channels, MatrixUnit::kStep) * MatrixUnit::packed_bytes(images);
-  }
-
   /// The target's pixels, by tiles of positions: padded rows have more of these than the target.
   std::vector<MatrixUnit::Tile> tiles_of(const PaddedImages& source) const {
     std::vector<MatrixUnit::Tile> tiles;
@@ -134,7 +81,8 @@ class Pass {
 
   void multiply(const PaddedImages& source, float* target) {
     const int64_t step_bytes = MatrixUnit::packed_bytes(source);
-    char* packed = static_cast<char*>(Scratch<Purpose::kPackedBatch>::get(packed_bytes(source)));
+    const int64_t num_steps = ceil_divide(source.channels, MatrixUnit::kStep);
+    char* packed = static_cast<char*>(Scratch<Purpose::kPackedBatch>::get(num_steps * step_bytes));
     at::parallel_for(
         0, ceil_divide(source.channels, MatrixUnit::kStep), 1, [&](int64_t begin, int64_t end) {
           auto* scratch = static_cast<float*>(
@@ -255,23 +203,7 @@ class Pass {
   std::atomic<bool> finite_ = true;
 };
 
-bool is_dense(const at::Tensor& images) {
-  return images.is_contiguous() || images.is_contiguous(at::MemoryFormat::ChannelsLast);
-}
-
 }  // namespace
-
-bool prefers_matrix_unit(const Convolution& convolution, const at::Tensor& images) {
-  if (kernels().matrix_unit == nullptr || images.scalar_type() != at::kFloat || !is_dense(images) ||
-      convolution.groups != 1) {
-    return false;
-  }
-  for (int dim = 0; dim < 2; ++dim) {
-    const int64_t reach = convolution.dilation[dim] * (convolution.kernel_size[dim] - 1);
-    if (convolution.stride[dim] != 1 || convolution.padding[dim] > reach) return false;
-  }
-  return convolution.kernel_size[0] * convolution.kernel_size[1] <= MatrixUnit::kMaxTaps;
-}
 
 bool matrix_unit_forward(const Convolution& convolution, const CheckedWeight& weight,
                          const at::Tensor& input, const at::Tensor& bias, at::Tensor& output) {
@@ -281,100 +213,6 @@ bool matrix_unit_forward(const Convolution& convolution, const CheckedWeight& we
 bool matrix_unit_backward_input(const Convolution& convolution, const CheckedWeight& weight,
                                 const at::Tensor& grad_output, at::Tensor& grad_input) {
   return Pass(convolution, weight, true, grad_output, {}, grad_input).run();
-}
-
-int64_t ConvolutionGradient::images_at_once(const Convolution& convolution,
-                                            const at::Tensor& input) {
-  const PaddedImages one =
-      some_images(padded(input, convolution.padding[0], convolution.padding[1]), 0, 1);
-  const int64_t tiles = ceil_divide(std::min(kTileChannels, one.channels), MatrixUnit::kTile);
-  return std::clamp<int64_t>(kPackedBytes / (tiles * MatrixUnit::packed_bytes(one)), 1,
-                             std::max<int64_t>(1, input.size(0)));
-}
-
-ConvolutionGradient::ConvolutionGradient(const Convolution& convolution,
-                                         const at::Tensor& grad_output, const at::Tensor& input)
-    : input_(padded(input, convolution.padding[0], convolution.padding[1])),
-      grad_output_(padded(grad_output, 0, 0)),
-      taps_(tap_offsets(convolution, input_.pitch)) {
-  grad_output_.pitch = input_.pitch;
-}
-
-void ConvolutionGradient::select_columns(int64_t col, int64_t cols) {
-  channels_ = cols / num_taps();
-  const int64_t count = ceil_divide(channels_, MatrixUnit::kTile);
-  const int64_t bytes = MatrixUnit::packed_bytes(input_);
-  packed_input_ = static_cast<char*>(Scratch<Purpose::kPackedBatch>::get(count * bytes));
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    float* scratch = padding_scratch(input_);
-    for (int64_t i = begin; i < end; ++i) {
-      kernels().matrix_unit->pack_pixel_pairs(input_, col / num_taps() + i * MatrixUnit::kTile,
-                                              packed_input_ + i * bytes, scratch);
-    }
-  });
-  tiles_.clear();
-  for (int64_t tap = 0; tap < num_taps(); ++tap) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t channel = i * MatrixUnit::kTile;
-      const int64_t lanes = std::min(MatrixUnit::kTile, channels_ - channel);
-      tiles_.push_back({i * bytes + taps_[tap] * kPixelBytes, tap * channels_ + channel,
-                        static_cast<uint16_t>((1 << lanes) - 1)});
-    }
-  }
-}
-
-bool ConvolutionGradient::multiply(int64_t row, int64_t rows, float* out, int64_t stride) const {
-  const MatrixUnit& unit = *kernels().matrix_unit;
-  const int64_t steps_of_image = ceil_divide(grad_output_.image_pixels(), MatrixUnit::kStep);
-  const int64_t at_once =
-      std::clamp(kGradientSteps / steps_of_image, int64_t{1}, grad_output_.num_images);
-  const int64_t depth = at_once * steps_of_image * MatrixUnit::kStep;
-  const int64_t cols = channels_ * num_taps();
-  const int64_t packed_bytes = MatrixUnit::packed_bytes(rows, depth);
-  auto* packed = static_cast<char*>(
-      Scratch<Purpose::kPanels>::get(packed_bytes + rows * cols * sizeof(float)));
-  // Tap by tap, which the weight's columns are not.
-  auto* sums = reinterpret_cast<float*>(packed + packed_bytes);
-  std::fill_n(sums, rows * cols, 0.0f);
-  float* scratch = padding_scratch(input_);
-  bool finite = true;
-  unit.prepare();
-  for (int64_t first = 0; first < grad_output_.num_images; first += at_once) {
-    const int64_t images = std::min(at_once, grad_output_.num_images - first);
-    const int64_t size = images * steps_of_image * MatrixUnit::kStep;
-    std::vector<int64_t> steps;
-    for (int64_t i = 0; i < images; ++i) {
-      for (int64_t step = 0; step < steps_of_image; ++step) {
-        steps.push_back(((first + i) * input_.image_pixels() + step * MatrixUnit::kStep) *
-                        kPixelBytes);
-      }
-      for (int64_t r = 0; r < rows; r += MatrixUnit::kTile) {
-        unit.pack_pixels(
-            grad_output_, first + i, row + r,
-            packed + MatrixUnit::packed_bytes(r, size) +
-                i * MatrixUnit::packed_bytes(MatrixUnit::kTile, steps_of_image * MatrixUnit::kStep),
-            scratch);
-      }
-    }
-    const MatrixUnit::Images operand{Side::kRight, tiles_.data(), steps.data(),
-                                     MatrixUnit::piece_bytes(input_)};
-    MatrixUnit::Product product{
-        packed,  packed_input_, rows, static_cast<int64_t>(tiles_.size()) * MatrixUnit::kTile,
-        size,    sums,          cols, false,
-        &operand};
-    unit.start(product);
-    unit.advance(product, product.steps_left);
-    finite = finite && product.finite;
-  }
-  unit.release();
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t tap = 0; tap < num_taps(); ++tap) {
-      const float* source = sums + i * cols + tap * channels_;
-      float* target = out + i * stride + tap;
-      for (int64_t c = 0; c < channels_; ++c) target[c * num_taps()] = source[c];
-    }
-  }
-  return finite;
 }
 
 }  // namespace hfh::torch_ops

@@ -15,7 +15,7 @@ class ConvolutionGradient {
                       const at::Tensor& input);
 
   /// Columns that tiles have: all taps of some channels.
-  int64_t tile_cols() const { return kTileChannels * num_taps(); }
+  int64_t tile_cols() const { return tile_channels_ * num_taps(); }
   /// Chooses the columns of the tiles to come. Not to be called in a parallel region.
   void select_columns(int64_t col, int64_t cols);
   /// Returns whether all of the tile is finite.
@@ -25,15 +25,13 @@ class ConvolutionGradient {
   static int64_t images_at_once(const Convolution& convolution, const at::Tensor& input);
 
  private:
-  static constexpr int64_t kTileChannels = 64;
-
+  static int64_t tile_channels(const Convolution& convolution, const at::Tensor& input);
   int64_t num_taps() const { return static_cast<int64_t>(taps_.size()); }
 
   cpu::PaddedImages input_, grad_output_;
   std::vector<int64_t> taps_;
-  int64_t channels_ = 0;
+  int64_t tile_channels_, channels_ = 0;  // of the input: of a column of tiles, of those chosen
   char* packed_input_ = nullptr;
-  std::vector<cpu::MatrixUnit::Tile> tiles_;
 };
 
 }  // namespace hfh::torch_ops

@@ -111,7 +111,7 @@ void for_each_stretch(const Convolution& convolution, const Portion& portion, co
 bool prefers_platform(const Convolution& convolution, at::ScalarType dtype) {
   // Elsewhere the platform unfolds images whole.
   if (dtype == at::kDouble || !at::hasMKLDNN() || !at::globalContext().userEnabledMkldnn() ||
-      Portion(convolution, dtype).rows == 0) {
+      Portion(convolution, dtype).rows <= 0) {
     return false;
   }
   if (convolution.groups > 1) return true;
