@@ -60,7 +60,10 @@ KERNEL_SOURCES = [
 ]
 # Capabilities that only add something to the one before.
 ADDED_SOURCES = {
-    "avx512_amx": ["csrc/cpu/matrix_unit.cpp", "csrc/cpu/matrix_unit_convolution.cpp"],
+    "avx512_amx": [
+        "csrc/cpu/matrix_unit.cpp",
+        "csrc/cpu/matrix_unit_convolution.cpp",
+    ],
 }
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]

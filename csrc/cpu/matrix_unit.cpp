@@ -265,10 +265,14 @@ void advance(MatrixUnit::Product& product, int64_t steps) {
     add_sums(product);
     zero_sums();
     product.k = 0;
-    product.row += 2 * kTile;
-    if (product.row < product.rows) continue;
-    product.row = 0;
-    product.col += 2 * kTile;
+    // Padded images are the larger operand: each stretch of them meets the whole other one.
+    const bool cols_first = product.images != nullptr && product.images->side == Side::kLeft;
+    int64_t& inner = cols_first ? product.col : product.row;
+    int64_t& outer = cols_first ? product.row : product.col;
+    inner += 2 * kTile;
+    if (inner < (cols_first ? product.cols : product.rows)) continue;
+    inner = 0;
+    outer += 2 * kTile;
   }
 }
 

@@ -16,7 +16,7 @@ using cpu::kernels;
 using Side = MatrixUnit::Side;
 
 // A panel of the weight, of a thread's own.
-constexpr int64_t kPanelRows = 2 * MatrixUnit::kTile, kPanelBytes = 7 << 16;
+constexpr int64_t kMinPanelRows = 2 * MatrixUnit::kTile, kPanelBytes = 7 << 16;
 // Not a power of two, which would map all rows to the same few cache lines.
 constexpr int64_t kPadding = 16;
 
@@ -35,9 +35,15 @@ class Pass {
         taps_(tap_offsets(convolution, source_.pitch)) {
     if (is_transposed) std::reverse(taps_.begin(), taps_.end());
     const int64_t step_bytes =
-        kPanelRows * num_taps() * MatrixUnit::kStep * MatrixUnit::kElementBytes;
+        kMinPanelRows * num_taps() * MatrixUnit::kStep * MatrixUnit::kElementBytes;
     chunk_ = std::min(round_up(source_.channels, MatrixUnit::kStep),
                       std::max<int64_t>(1, kPanelBytes / step_bytes) * MatrixUnit::kStep);
+    const int64_t row_bytes =
+        static_cast<int64_t>(MatrixUnit::packed_bytes(1, chunk_ * num_taps())) / MatrixUnit::kTile;
+    const int64_t share =
+        round_up(ceil_divide(target_.channels, at::get_num_threads()), kMinPanelRows);
+    panel_rows_ =
+        std::clamp(kPanelBytes / row_bytes / kMinPanelRows * kMinPanelRows, kMinPanelRows, share);
     slice_ = std::min(chunk_, std::max<int64_t>(1, kSliceCols / (num_taps() * MatrixUnit::kStep)) *
                                   MatrixUnit::kStep);
   }
@@ -103,15 +109,15 @@ class Pass {
     const bool is_channels_last = target_.pixel_step != 1;
     const int64_t stride = is_channels_last ? target_.pixel_step : target_.channel_step;
     at::parallel_for(
-        0, ceil_divide(target_.channels, kPanelRows), 1, [&](int64_t begin, int64_t end) {
-          const int64_t panel_bytes = MatrixUnit::packed_bytes(kPanelRows, chunk_ * num_taps());
+        0, ceil_divide(target_.channels, panel_rows_), 1, [&](int64_t begin, int64_t end) {
+          const int64_t panel_bytes = MatrixUnit::packed_bytes(panel_rows_, chunk_ * num_taps());
           auto* panel = static_cast<char*>(
               Scratch<Purpose::kPanels>::get(panel_bytes + floats_of_slice() * sizeof(float)));
           auto* floats = reinterpret_cast<float*>(panel + panel_bytes);
           const MatrixUnit& unit = *kernels().matrix_unit;
           unit.prepare();
-          for (int64_t row = begin * kPanelRows; row < end * kPanelRows; row += kPanelRows) {
-            const int64_t rows = std::min(kPanelRows, target_.channels - row);
+          for (int64_t row = begin * panel_rows_; row < end * panel_rows_; row += panel_rows_) {
+            const int64_t rows = std::min(panel_rows_, target_.channels - row);
             start_sums(target, source.num_images, row, rows);
             for (int64_t channel = 0; channel < source.channels; channel += chunk_) {
               const int64_t channels = std::min(chunk_, source.channels - channel);
@@ -135,7 +141,7 @@ class Pass {
   }
 
   int64_t floats_of_slice() const {
-    return is_transposed_ ? slice_ * (kPanelRows * num_taps() + kPadding)
+    return is_transposed_ ? slice_ * (panel_rows_ * num_taps() + kPadding)
                           : MatrixUnit::kTile * (slice_ * num_taps() + kPadding);
   }
 
@@ -173,7 +179,7 @@ class Pass {
         const int64_t tile_row = tile * MatrixUnit::kTile;
         const int64_t tile_rows = std::min(MatrixUnit::kTile, rows - tile_row);
         if (is_transposed_) {
-          const int64_t stride = kPanelRows * taps + kPadding;
+          const int64_t stride = panel_rows_ * taps + kPadding;
           if (tile == 0) {
             kernels().reconstruct(weight_, {channel + first, count, row * taps, rows * taps},
                                   floats, stride, {});
@@ -199,6 +205,7 @@ class Pass {
   PaddedImages target_;
   float* data_;
   std::vector<int64_t> taps_;
+  int64_t panel_rows_;
   int64_t chunk_, slice_;  // channels of the source in a panel and in a part reconstructed at once
   std::atomic<bool> finite_ = true;
 };

@@ -17,9 +17,8 @@ using cpu::MatrixUnit;
 using cpu::PaddedImages;
 
 inline constexpr int64_t kPixelBytes = 4 * MatrixUnit::kTile;
-// Packed images, which all threads read. More would be made of the weight anew for each stretch of
-// images; measured, that costs more than a second-level cache saves.
-inline constexpr int64_t kPackedBytes = 3 << 20;
+// Packed images, which all threads read: most of a second-level cache.
+inline constexpr int64_t kPackedBytes = 3 << 19;
 // Columns of the weight that are reconstructed at once.
 inline constexpr int64_t kSliceCols = 576;
 
