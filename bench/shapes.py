@@ -74,6 +74,13 @@ ROWS = (
     Row("forward, depth 1, block 256, 1/256", depth=1, block=256, compression=256),
     Row("forward, depth 2, block 1", block=1, targets={512: 1.30}),
     FORWARD_BACKWARD,
+    Row(
+        "forward + backward, depth 1, block 256, 1/64",
+        depth=1,
+        block=256,
+        compression=64,
+        backward=True,
+    ),
     Row("forward, depth 2, bfloat16", dtype=torch.bfloat16, targets={1: 1.00}),
     Row("forward, depth 1, bfloat16", depth=1, dtype=torch.bfloat16, targets={1: 1.00}),
 )
