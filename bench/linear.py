@@ -185,7 +185,8 @@ def print_tables(report: dict[str, Any], effort: Effort) -> None:
             lambda r: f"{r['ratio_materialized']:.2f}",
         )
         table(
-            "Percent of the floor, and what binds it",
+            "Percent of the floor of making every weight by vector operations, and what binds it; "
+            "more than 100 where slot products or a matrix unit do otherwise",
             variant,
             lambda r: f"{r['percent_of_floor']:.0f} {r['floor_binds'][:5]}",
         )

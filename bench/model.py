@@ -28,7 +28,7 @@ import torch
 from bench.shapes import IN_FEATURES, NUM_WEIGHTS, Row
 from hfh_kernels import build_info
 
-_LANES = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+_LANES = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16, "avx512_amx": 16}
 
 
 @dataclasses.dataclass(frozen=True)
