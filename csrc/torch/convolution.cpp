@@ -26,6 +26,11 @@ at::MemoryFormat format_like(const at::Tensor& images) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
+/// Images that the matrix unit can read: a sum's gradient, say, is expanded.
+at::Tensor dense_images(const at::Tensor& images) {
+  return images.is_contiguous(at::MemoryFormat::ChannelsLast) ? images : images.contiguous();
+}
+
 /// A matrix in the calling thread's scratch.
 template <Purpose purpose>
 at::Tensor scratch_matrix(int64_t rows, int64_t cols, at::ScalarType dtype) {
@@ -139,7 +144,7 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& pool, const at::Ten
   at::Tensor output = at::empty(convolution.output_size(), input.options(), format_like(input));
   if (output.numel() == 0) return output;
   if (prefers_matrix_unit(convolution, input) &&
-      matrix_unit_forward(convolution, whole, input, bias_tensor, output)) {
+      matrix_unit_forward(convolution, whole, dense_images(input), bias_tensor, output)) {
     return output;
   }
   if (prefers_platform(convolution, input.scalar_type())) {
@@ -167,7 +172,7 @@ at::Tensor conv2d_backward_input(const at::Tensor& grad_output, const at::Tensor
   at::Tensor grad_input = at::empty(input_size, grad_output.options(), format_like(grad_output));
   if (grad_input.numel() == 0) return grad_input;
   if (prefers_matrix_unit(convolution, grad_output) &&
-      matrix_unit_backward_input(convolution, whole, grad_output, grad_input)) {
+      matrix_unit_backward_input(convolution, whole, dense_images(grad_output), grad_input)) {
     return grad_input;
   }
   if (prefers_platform(convolution, grad_output.scalar_type())) {
@@ -206,8 +211,8 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward_weight(
   };
   const bool tries_unit =
       prefers_matrix_unit(convolution, input) && prefers_matrix_unit(convolution, grad_output);
-  if (tries_unit &&
-      add_matrix_unit_backward_weight(convolution, whole, grad_output, input, gradients)) {
+  if (tries_unit && add_matrix_unit_backward_weight(convolution, whole, dense_images(grad_output),
+                                                    dense_images(input), gradients)) {
     return results();
   }
   if (tries_unit) gradients = zero_gradients(whole);

@@ -88,9 +88,7 @@ CheckedWeight WeightSource::part(int64_t row, int64_t col, int64_t rows, int64_t
 }
 
 bool prefers_matrix_unit(const Convolution& convolution, const at::Tensor& images) {
-  const bool is_dense =
-      images.is_contiguous() || images.is_contiguous(at::MemoryFormat::ChannelsLast);
-  if (cpu::kernels().matrix_unit == nullptr || images.scalar_type() != at::kFloat || !is_dense ||
+  if (cpu::kernels().matrix_unit == nullptr || images.scalar_type() != at::kFloat ||
       convolution.groups != 1 ||
       convolution.kernel_size[0] * convolution.kernel_size[1] > cpu::MatrixUnit::kMaxTaps ||
       std::min(convolution.input_size[1], convolution.out_channels) < kUnitChannels) {

@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <utility>
 
 #include "torch/gemm.h"
 #include "torch/matrix_unit.h"
 #include "torch/matrix_unit_convolution.h"
 #include "torch/panels.h"
-#include "torch/parallel.h"
+#include "torch/pool_gradient.h"
 #include "torch/slot_products.h"
 
 namespace hfh::torch_ops {
@@ -16,14 +15,11 @@ namespace hfh::torch_ops {
 namespace {
 
 using cpu::kernels;
-using cpu::PoolContributions;
 using cpu::TileBounds;
 
 // Tiles of the weight's gradient; where they list what they add to the pool, the list's bound.
 constexpr int64_t kTileCols = 512, kTileRows = 64;
 constexpr int64_t kContributionBytes = 5 << 17;
-// What each thread but the first may hold of pool gradients.
-constexpr int64_t kReplicaBytes = 4 << 20;
 
 DType kernel_dtype(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? DType::kBFloat16
@@ -31,11 +27,9 @@ DType kernel_dtype(at::ScalarType dtype) {
                                 : DType::kFloat64;
 }
 
-/// One tile in flight: its gradient, where that is a product, and what it adds to the pool.
-struct TileWork {
-  at::Tensor gradient, offsets, values;
-  std::vector<double> grad_theta;
-  PoolContributions contributions{};
+/// One tile in flight, with its gradient where that is a product.
+struct TileWork : PoolWork {
+  at::Tensor gradient;
 };
 
 /// Where tiles of a weight's gradient come from: the gradient itself.
@@ -129,6 +123,8 @@ class ConvolutionProduct {
 template <class Source>
 class BackwardTiles {
  public:
+  using Work = TileWork;
+
   BackwardTiles(const CheckedWeight& weight, Source& source)
       : weight_(weight), source_(source), tile_cols_(std::min(source.tile_cols(), weight.cols())) {
     const int64_t threads = at::get_num_threads();
@@ -154,17 +150,13 @@ class BackwardTiles {
     source_.select_columns(col_, cols_);
   }
 
-  TileWork allocate() const {
+  ListBounds bounds() const { return {tile_rows_ * row_entries_, tile_rows_ * row_values_}; }
+
+  TileWork make_work() const {
     TileWork work;
     if (source_.is_product()) {
       work.gradient = at::empty({tile_rows_, tile_cols_}, at::dtype(source_.dtype()));
     }
-    work.grad_theta.assign(weight_.theta_size(), 0.0);
-    if (row_entries_ == 0) return work;
-    work.offsets = at::empty({tile_rows_ * row_entries_}, at::dtype(at::kInt));
-    work.values = at::empty({tile_rows_ * row_values_}, at::dtype(weight_.compute_dtype()));
-    work.contributions.offset = reinterpret_cast<uint32_t*>(work.offsets.mutable_data_ptr<int>());
-    work.contributions.values = work.values.mutable_data_ptr();
     return work;
   }
 
@@ -185,82 +177,12 @@ class BackwardTiles {
   int64_t col_ = 0, cols_ = 0;
 };
 
-void add_theta(std::vector<double>& sum, std::vector<double>& part) {
-  for (size_t i = 0; i < sum.size(); ++i) sum[i] += std::exchange(part[i], 0.0);
-}
-
-/// Each thread takes a stretch of each column's tiles and adds to a pool gradient of its own; these
-/// are summed in the threads' order.
-template <class Tiles>
-void backward_by_replicas(Tiles& tiles, int64_t num_replicas, WeightGradients& result) {
-  std::vector<at::Tensor> replicas{result.pool};
-  std::vector<TileWork> work;
-  for (int64_t i = 0; i < num_replicas; ++i) {
-    if (i > 0) replicas.push_back(at::zeros_like(result.pool));
-    work.push_back(tiles.allocate());
-    work.back().contributions.sum = replicas.back().mutable_data_ptr();
-  }
-  const int64_t share = (tiles.count() + num_replicas - 1) / num_replicas;
-  for (int64_t column = 0; column < tiles.num_columns(); ++column) {
-    tiles.select_column(column);
-    at::parallel_for(0, num_replicas, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t t = i * share; t < std::min(tiles.count(), (i + 1) * share); ++t) {
-          tiles.run(t, work[i]);
-        }
-      }
-    });
-  }
-  for (int64_t i = 0; i < num_replicas; ++i) {
-    if (i > 0) result.pool.add_(replicas[i]);
-    add_theta(result.theta, work[i].grad_theta);
-  }
-}
-
-/// For pools too large to have one a thread: rounds of a tile a thread. In each, threads first work
-/// on their tiles, then add the round's contributions to the stretch of the pool that each owns.
-template <class Tiles>
-void backward_by_rounds(const VirtualWeight& weight, Tiles& tiles, int64_t num_threads,
-                        WeightGradients& result) {
-  std::vector<TileWork> round;
-  for (int64_t i = 0; i < num_threads; ++i) round.push_back(tiles.allocate());
-  const int64_t pool_size = result.pool.numel();
-  const int64_t stretch =
-      round_up((pool_size + num_threads - 1) / num_threads, weight.hash.block());
-  for (int64_t column = 0; column < tiles.num_columns(); ++column) {
-    tiles.select_column(column);
-    for (int64_t first = 0; first < tiles.count(); first += num_threads) {
-      const int64_t count = std::min(num_threads, tiles.count() - first);
-      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) tiles.run(first + i, round[i]);
-      });
-      parallel_stretches(pool_size, stretch, [&](int64_t begin, int64_t end) {
-        for (int64_t i = 0; i < count; ++i) {
-          kernels().scatter(round[i].contributions, weight.pool_dtype, static_cast<uint32_t>(begin),
-                            static_cast<uint32_t>(end), result.pool.mutable_data_ptr());
-        }
-      });
-    }
-  }
-  for (TileWork& work : round) add_theta(result.theta, work.grad_theta);
-}
-
 /// Adds what the gradients of V that `source` has mean for the pool and g.
 template <class Source>
 void add_backward(const CheckedWeight& weight, Source& source, WeightGradients& result) {
   if (weight.rows() == 0 || weight.cols() == 0) return;
-  const VirtualWeight& virtual_weight = weight.get();
   BackwardTiles<Source> tiles(weight, source);
-  const int64_t threads = std::min<int64_t>(tiles.count(), at::get_num_threads());
-  // What is held beyond the gradient that the caller gets: of a bfloat16 pool, the first one too.
-  const int64_t extra_replicas = threads - (virtual_weight.pool_dtype == DType::kBFloat16 ? 0 : 1);
-  const auto extra_bytes = extra_replicas * static_cast<int64_t>(result.pool.nbytes());
-  if (threads == 1 || extra_bytes <= (threads - 1) * kReplicaBytes) {
-    backward_by_replicas(tiles, threads, result);
-  } else {
-    tiles.list_contributions();
-    backward_by_rounds(virtual_weight, tiles, threads, result);
-  }
+  add_pool_gradient(weight, tiles, result);
 }
 
 }  // namespace
