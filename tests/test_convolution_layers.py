@@ -282,3 +282,15 @@ def test_digits() -> None:
     with torch.no_grad():
         accuracy = (network(images[test]).argmax(1) == labels[test]).double().mean().item()
     assert accuracy > 0.92
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_image_larger_than_what_one_call_takes(kernel_size: int) -> None:
+    """3 MiB of channels: more than the platform's convolution is given at a time."""
+    layer = HFHConv2d(256, 64, kernel_size, padding="same", pool=Pool(4096))
+    image = torch.randn(1, 256, 56, 56)
+    assert layer.bias is not None
+    expected = nn.functional.conv2d(
+        image.double(), layer.materialize().double(), layer.bias.double(), padding="same"
+    )
+    assert relative_error(layer(image), expected) <= TOLERANCE[torch.float32]
