@@ -152,4 +152,21 @@ FEW_SLOTS = [
     )
 ]
 
-SWEEP = [*HASHES, *NETWORKS, *HASH_SPECS, *REGIMES, *SHAPES, *FEW_SLOTS]
+# More rows than have their gradients side by side at once, or more blocks than have their products.
+MANY_SLOT_PRODUCTS = [
+    Sample(
+        name=f"{rows} rows, {cols} columns, batch {batch}, {_short(pool_dtype)} pool",
+        hash_spec=HashSpec(seed=6, num_hashes=3, pool_size=40 * 64, block=64),
+        reconstruction=Reconstruction(depth=1),
+        batch=(batch,),
+        in_features=cols,
+        out_features=rows,
+        pool_dtype=pool_dtype,
+        row_offset=5,
+        col_offset=2**31 + 64,
+    )
+    for rows, cols in ((4103, 64), (301, 20 * 64))
+    for batch, pool_dtype in ((32, FLOAT32), (70, BFLOAT16))
+]
+
+SWEEP = [*HASHES, *NETWORKS, *HASH_SPECS, *REGIMES, *SHAPES, *FEW_SLOTS, *MANY_SLOT_PRODUCTS]

@@ -15,10 +15,13 @@ from tests.convolution_samples import run as run_convolution
 from tests.samples import Sample, run
 from tests.tolerances import relative_error
 
-pytestmark = pytest.mark.skipif(
-    hfh_kernels.build_info().get("cpu_capability") != "avx512_amx",
-    reason="needs the extension on a processor with AMX",
-)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(
+        hfh_kernels.build_info().get("cpu_capability") != "avx512_amx",
+        reason="needs the extension on a processor with AMX",
+    ),
+]
 
 # Linear g, for numbers of full precision: the other tests keep theirs short because of the kink of
 # relu.

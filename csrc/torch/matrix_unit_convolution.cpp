@@ -89,15 +89,14 @@ class Pass {
     const int64_t step_bytes = MatrixUnit::packed_bytes(source);
     const int64_t num_steps = ceil_divide(source.channels, MatrixUnit::kStep);
     char* packed = static_cast<char*>(Scratch<Purpose::kPackedBatch>::get(num_steps * step_bytes));
-    at::parallel_for(
-        0, ceil_divide(source.channels, MatrixUnit::kStep), 1, [&](int64_t begin, int64_t end) {
-          auto* scratch = static_cast<float*>(
-              Scratch<Purpose::kPatches>::get(MatrixUnit::padding_scratch(source) * sizeof(float)));
-          for (int64_t i = begin; i < end; ++i) {
-            kernels().matrix_unit->pack_channel_pairs(source, i * MatrixUnit::kStep,
-                                                      packed + i * step_bytes, scratch);
-          }
-        });
+    at::parallel_for(0, ceil_divide(source.channels, MatrixUnit::kStep), 1,
+                     [&](int64_t begin, int64_t end) {
+                       float* scratch = padding_scratch(source);
+                       for (int64_t i = begin; i < end; ++i) {
+                         kernels().matrix_unit->pack_channel_pairs(
+                             source, i * MatrixUnit::kStep, packed + i * step_bytes, scratch);
+                       }
+                     });
     const std::vector<MatrixUnit::Tile> tiles = tiles_of(source);
     std::vector<int64_t> steps;
     for (int64_t step = 0; step < chunk_ / MatrixUnit::kStep; ++step) {
