@@ -1,6 +1,7 @@
 """Which implementation runs.
 
-"cpu" is the compiled extension's, "reference" plain PyTorch; "auto" takes the first that can run.
+"cpu" is the compiled extension's, "triton" runs on GPUs, or where TRITON_INTERPRET=1 in Triton's
+interpreter on the CPU, "reference" is plain PyTorch; "auto" takes the first that can run.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hfh_kernels import _extension
+from hfh_kernels import _extension, _triton
 
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float64, torch.int64})
+_TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int64})
 
 
 def _cpu_reason(tensors: tuple[Tensor, ...]) -> str | None:
     if not _extension.available():
         return f"the compiled extension is not available: {_extension.reason()}"
+    if _triton.interpreted():
+        return "TRITON_INTERPRET=1 gives tensors on the CPU to Triton's interpreter"
     num_float64 = 0
     for tensor in tensors:
         if not tensor.is_cpu:
@@ -33,12 +37,27 @@ def _cpu_reason(tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
+def _triton_reason(tensors: tuple[Tensor, ...]) -> str | None:
+    if _triton.reason() is not None:
+        return _triton.reason()
+    if not _extension.available():
+        return f"it needs the compiled extension, which differentiates: {_extension.reason()}"
+    device_type = "cpu" if _triton.interpreted() else "cuda"
+    for tensor in tensors:
+        if tensor.device.type != device_type:
+            return f"it takes tensors on {device_type}, received one on {tensor.device}"
+        if tensor.dtype not in _TRITON_DTYPES:
+            return f"it does not support {tensor.dtype}"
+    return None
+
+
 def _reference_reason(tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
 _REASONS: dict[str, Callable[[tuple[Tensor, ...]], str | None]] = {
     "cpu": _cpu_reason,
+    "triton": _triton_reason,
     "reference": _reference_reason,
 }
 """Each backend's limits, in the order that auto tries them."""

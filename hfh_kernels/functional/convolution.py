@@ -17,6 +17,7 @@ from hfh_kernels.spec import HashSpec, Reconstruction
 
 _CONV2D: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.conv2d.default,
+    "triton": torch.ops.hfh.conv2d.default,
     "reference": conv2d_reference.conv2d,
 }
 
@@ -57,7 +58,7 @@ def conv2d(
         groups: in which input and output channels are split.
         scale: factor on every weight; a 0-d tensor where it is learnable.
         row_offset, col_offset: where V starts within a larger virtual weight.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         [batch, out_channels, out_height, out_width] in input's dtype, or in that of autocast where

@@ -17,10 +17,12 @@ from hfh_kernels.spec import HashSpec, Reconstruction
 
 _EMBEDDING: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.embedding.default,
+    "triton": torch.ops.hfh.embedding.default,
     "reference": embedding_reference.embedding,
 }
 _EMBEDDING_BAG: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.embedding_bag.default,
+    "triton": torch.ops.hfh.embedding_bag.default,
     "reference": embedding_bag_reference.embedding_bag,
 }
 
@@ -67,7 +69,7 @@ def embedding(
             are. For frequent indices, which should not share.
         permutation: int64 [num_embeddings], the row that each index stands for: where indices are
             not sorted by frequency, the rank of each.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         [..., embedding_dim] in pool's dtype.
@@ -137,7 +139,7 @@ def embedding_bag(
             mode "sum" only.
         include_last_offset: whether offsets has one more element, the end of the last bag.
         padding_idx: the index that bags leave out; negative ones count from the end.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         [B, embedding_dim] in pool's dtype; empty bags are zeros.

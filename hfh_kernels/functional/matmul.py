@@ -17,6 +17,7 @@ from hfh_kernels.spec import HashSpec, Reconstruction
 
 _LINEAR: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.linear.default,
+    "triton": torch.ops.hfh.linear.default,
     "reference": linear_reference.linear,
 }
 
@@ -47,7 +48,7 @@ def linear(
         bias: [out_features] in input's dtype, or None.
         scale: factor on every weight; a 0-d tensor where it is learnable.
         row_offset, col_offset: where V starts within a larger virtual weight.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         [..., out_features] in input's dtype, or in that of autocast where it is on.

@@ -17,10 +17,12 @@ from hfh_kernels.spec import COORDINATES, HashSpec, Reconstruction
 
 _HASH_INDEX: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.hash_index.default,
+    "triton": torch.ops.hfh.hash_index.default,
     "reference": hash_index_reference.hash_index,
 }
 _MATERIALIZE: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.materialize.default,
+    "triton": torch.ops.hfh.materialize.default,
     "reference": materialize_reference.materialize,
 }
 
@@ -38,7 +40,7 @@ def hash_index(
         rows: [R] integers in [0, 2**32).
         cols: [C] integers in [0, 2**32).
         spec: the hash.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         offsets int64 [R, C, num_hashes] into the pool, and signs int8 [R, C, num_hashes] of -1, 1.
@@ -84,7 +86,7 @@ def materialize(
             row-major, followed by its bias.
         rows, cols: shape of the part that starts at (row_offset, col_offset).
         scale: factor on every weight; a 0-d tensor where it is learnable.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         [rows, cols] in pool's dtype.

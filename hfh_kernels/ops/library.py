@@ -1,12 +1,14 @@
 """The ``hfh`` operator library and what its operators share."""
 
+import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hfh_kernels import _extension
+from hfh_kernels import _extension, _triton
 from hfh_kernels.spec import COORDINATES, HashSpec, Reconstruction, require_int
 
 
@@ -90,15 +92,33 @@ def define(
 ) -> None:
     """Define ``hfh::name``.
 
-    The extension brings kernels and autograd, and needs ``fake`` for its shapes; as fakes also run
-    where one tensor is on the meta device, they check the devices. Without the extension the
-    operator is its ``reference``, and PyTorch differentiates and traces through that.
+    The extension brings the CPU's kernels and autograd for all devices, and needs ``fake`` for its
+    shapes; as fakes also run where one tensor is on the meta device, they check the devices. On
+    CUDA the operator is the function of its name in the ``triton`` module beside the reference.
+    Without the extension the operator is its ``reference`` everywhere, and PyTorch differentiates
+    and traces through that.
     """
     LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    if _extension.available():
-        torch.library.register_fake(f"hfh::{name}", fake, lib=LIBRARY)
-    else:
+    if not _extension.available():
         LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+        return
+    torch.library.register_fake(f"hfh::{name}", fake, lib=LIBRARY)
+    if _triton.reason() is None:
+        module = reference.__module__.removesuffix("reference") + "triton"
+        LIBRARY.impl(name, _lazy(module, name), "CUDA")
+        if _triton.interpreted():
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+                LIBRARY.impl(name, _lazy(module, name), "CPU", allow_override=True)
+
+
+def _lazy(module: str, name: str) -> Callable[..., Any]:
+    """The function, imported when it is first called: importing Triton takes a second."""
+
+    def run(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+    return run
 
 
 def define_autocast(name: str) -> None:

@@ -59,7 +59,7 @@ def virtual_rows(pool: Tensor, theta: Tensor, rows: Tensor, cols: int, weight: W
     """Some rows of :func:`virtual_weight`: rows int64 [R], as [R, cols]."""
     spec = weight.hash_spec(pool.numel())
     reconstruction = weight.reconstruction()
-    _require_parameters(pool, theta, reconstruction, spec.num_hashes)
+    require_parameters(pool, theta, reconstruction, spec.num_hashes)
 
     dtype = torch.promote_types(pool.dtype, theta.dtype)
     if dtype.itemsize < torch.float32.itemsize:
@@ -109,7 +109,7 @@ def split_theta(
     return layers
 
 
-def _require_parameters(
+def require_parameters(
     pool: Tensor, theta: Tensor, reconstruction: Reconstruction, num_hashes: int
 ) -> None:
     for name, tensor in (("pool", pool), ("theta", theta)):
