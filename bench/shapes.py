@@ -194,3 +194,114 @@ LOOKUP_ROWS = (
         num_embeddings=LARGE_NUM_EMBEDDINGS,
     ),
 )
+
+
+GPU_BATCHES = (1, 16, 64, 256, 1024, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPULinear:
+    """A linear layer on a GPU: bfloat16, relu, no bias."""
+
+    in_features: int
+    out_features: int
+    block: int = 32
+    depth: int = 2
+    num_hashes: int = 4
+    compression: int = 16
+    width: int = 4
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.in_features} x {self.out_features}, U{self.num_hashes} depth {self.depth}, "
+            f"block {self.block}"
+        )
+
+    def layer(self, device: str) -> HFHLinear:
+        size = self.in_features * self.out_features // self.compression
+        return HFHLinear(
+            self.in_features,
+            self.out_features,
+            bias=False,
+            pool=Pool(size, dtype=self.dtype, device=device),
+            num_hashes=self.num_hashes,
+            depth=self.depth,
+            width=self.width,
+            block=self.block,
+            device=device,
+        )
+
+    def input(self, batch: int, device: str) -> torch.Tensor:
+        return torch.randn(batch, self.in_features, device=device, dtype=self.dtype)
+
+
+GPU_LINEARS = (
+    GPULinear(4096, 4096),
+    GPULinear(4096, 4096, block=64),
+    GPULinear(8192, 28672),
+    GPULinear(8192, 28672, block=64),
+    GPULinear(4096, 4096, depth=1),
+    GPULinear(4096, 4096, dtype=torch.float32),
+    GPULinear(4096, 4096, block=1, depth=0, num_hashes=1),
+)
+"""The last is HashedNets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GPUImages:
+    """A 3 x 3 convolution that keeps the images' size: bfloat16, U 4, depth 2, block 32, 1/16."""
+
+    channels: int = 256
+    size: int = 14
+    batch: int = 64
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        return f"3x3, {self.channels} channels, {self.size} x {self.size}, batch {self.batch}"
+
+    def layer(self, device: str) -> HFHConv2d:
+        pool = Pool(self.channels**2 * 9 // 16, dtype=self.dtype, device=device)
+        return HFHConv2d(
+            self.channels, self.channels, 3, padding=1, bias=False, pool=pool, device=device
+        )
+
+    def input(self, device: str) -> torch.Tensor:
+        images = torch.randn(
+            self.batch, self.channels, self.size, self.size, device=device, dtype=self.dtype
+        )
+        return images.contiguous(memory_format=torch.channels_last)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPULookups:
+    """Rows of a table, or sums of bags of them: float32, U 4, depth 2, block 32, 1/100."""
+
+    bag_size: int = 0
+    num_embeddings: int = 10_000_000
+    embedding_dim: int = 128
+    num_indices: int = 2**20
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        kind = f"bags of {self.bag_size}" if self.bag_size else "embedding"
+        return f"{kind}, {self.num_indices:,} of {self.num_embeddings:,} x {self.embedding_dim}"
+
+    def layer(self, device: str) -> HFHEmbedding | HFHEmbeddingBag:
+        kind = functools.partial(HFHEmbeddingBag, mode="sum") if self.bag_size else HFHEmbedding
+        size = self.num_embeddings * self.embedding_dim // 100
+        pool = Pool(size, dtype=self.dtype, device=device)
+        return kind(self.num_embeddings, self.embedding_dim, pool=pool, device=device)
+
+    def arguments(self, device: str) -> tuple[torch.Tensor, ...]:
+        indices = torch.randint(self.num_embeddings, (self.num_indices,), device=device)
+        if not self.bag_size:
+            return (indices,)
+        return indices, torch.arange(0, self.num_indices, self.bag_size, device=device)
+
+
+GPU_CONVOLUTIONS = (GPUImages(),)
+GPU_LOOKUPS = (GPULookups(), GPULookups(bag_size=32))

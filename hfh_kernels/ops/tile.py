@@ -156,14 +156,6 @@ def load_theta(weight):
 
 
 @triton.jit
-def _activate(weight, x):
-    outputs = ()
-    for j in tl.static_range(weight.WIDTH):
-        outputs = outputs + (_tanh(x[j]) if weight.TANH else _relu(x[j]),)
-    return outputs
-
-
-@triton.jit
 def _relu(x):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
@@ -179,15 +171,21 @@ def _tanh(x):
 
 
 @triton.jit
-def _affine(theta, START: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, x):
-    """A layer of g: its weight is OUTPUTS x INPUTS numbers of theta, its bias those behind."""
-    outputs = ()
-    for j in tl.static_range(OUTPUTS):
-        total = x[0] * theta[START + j * INPUTS] + theta[START + OUTPUTS * INPUTS + j]
-        for i in tl.static_range(1, INPUTS):
-            total += x[i] * theta[START + j * INPUTS + i]
-        outputs = outputs + (total,)
-    return outputs
+def _unit(weight, theta, START: tl.constexpr, INPUTS: tl.constexpr, INDEX: tl.constexpr, x):
+    """One unit of the hidden layer whose parameters begin at START, for inputs x."""
+    total = x[0] * theta[START + INDEX * INPUTS] + theta[START + weight.WIDTH * INPUTS + INDEX]
+    for i in tl.static_range(1, INPUTS):
+        total += x[i] * theta[START + INDEX * INPUTS + i]
+    return _tanh(total) if weight.TANH else _relu(total)
+
+
+@triton.jit
+def _hidden(weight, theta, START: tl.constexpr, INPUTS: tl.constexpr, x):
+    """A hidden layer."""
+    units = ()
+    for j in tl.static_range(weight.WIDTH):
+        units = units + (_unit(weight, theta, START, INPUTS, j, x),)
+    return units
 
 
 @triton.jit
@@ -201,16 +199,17 @@ def _linear_mix(weight, theta, elements):
 @triton.jit
 def _reconstruct(weight, theta, elements):
     """V = scale * g(a), float32 [R, G, PER]."""
-    FIRST: tl.constexpr = (weight.NUM_HASHES + 1) * weight.WIDTH
-    SECOND: tl.constexpr = (weight.WIDTH + 1) * weight.WIDTH
     if weight.DEPTH < 2:
         values = _linear_mix(weight, theta, elements)
     else:
-        hidden = _activate(weight, _affine(theta, 0, weight.WIDTH, weight.NUM_HASHES, elements))
+        FIRST: tl.constexpr = (weight.NUM_HASHES + 1) * weight.WIDTH
+        LAST: tl.constexpr = weight.NUM_PARAMETERS - weight.WIDTH - 1
+        hidden = _hidden(weight, theta, 0, weight.NUM_HASHES, elements)
         if weight.DEPTH == 3:
-            hidden = _activate(weight, _affine(theta, FIRST, weight.WIDTH, weight.WIDTH, hidden))
-        LAST: tl.constexpr = FIRST + SECOND * (weight.DEPTH - 2)
-        values = _affine(theta, LAST, 1, weight.WIDTH, hidden)[0]
+            hidden = _hidden(weight, theta, FIRST, weight.WIDTH, hidden)
+        values = hidden[0] * theta[LAST] + theta[LAST + weight.WIDTH]
+        for j in tl.static_range(1, weight.WIDTH):
+            values += hidden[j] * theta[LAST + j]
     return values
 
 
@@ -257,103 +256,112 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def _add_to_theta(gradients, INDEX: tl.constexpr, NUM_PARAMETERS: tl.constexpr, total):
+def _add_to_theta(weight, gradients, INDEX: tl.constexpr, terms):
     # Each program has numbers of its own, so the order of the sums is that of the program.
-    tl.atomic_add(gradients.theta + tl.program_id(0) * NUM_PARAMETERS + INDEX, total, sem="relaxed")
+    first = gradients.theta + tl.program_id(0) * weight.NUM_PARAMETERS
+    tl.atomic_add(first + INDEX, tl.sum(terms), sem="relaxed")
 
 
 @triton.jit
-def _affine_backward(
-    weight,
-    theta,
-    gradients,
-    START: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr,
-    x,
-    grads,
-    scale,
-):
-    """Adds to the gradient of a layer of g and returns that of its inputs."""
-    grad_x = ()
+def _unit_backward(
+    weight, theta, gradients, START: tl.constexpr, INPUTS: tl.constexpr, INDEX: tl.constexpr,
+    x, unit, grad, grad_x,
+):  # fmt: skip
+    """Adds to the gradient of one hidden unit's parameters, and returns grad_x with its part.
+
+    Args:
+        unit: its value, and grad: the gradient of that.
+        grad_x: the gradients of its inputs from the units before it, or ().
+    """
+    slope = 1 - unit * unit if weight.TANH else tl.where(unit > 0, 1.0, 0.0)
+    grad *= slope
+    results = ()
     for i in tl.static_range(INPUTS):
-        total = grads[0] * theta[START + i]
-        for j in tl.static_range(1, OUTPUTS):
-            total += grads[j] * theta[START + j * INPUTS + i]
-        grad_x = grad_x + (total,)
-    for j in tl.static_range(OUTPUTS):
-        for i in tl.static_range(INPUTS):
-            _add_to_theta(
-                gradients, START + j * INPUTS + i, weight.NUM_PARAMETERS,
-                tl.sum(grads[j] * x[i]) * scale,
-            )  # fmt: skip
-        _add_to_theta(
-            gradients, START + OUTPUTS * INPUTS + j, weight.NUM_PARAMETERS, tl.sum(grads[j]) * scale
+        _add_to_theta(weight, gradients, START + INDEX * INPUTS + i, grad * x[i])
+        part = grad * theta[START + INDEX * INPUTS + i]
+        if INDEX > 0:
+            part += grad_x[i]
+        results = results + (part,)
+    _add_to_theta(weight, gradients, START + weight.WIDTH * INPUTS + INDEX, grad)
+    return results
+
+
+@triton.jit
+def _last_layers_backward(
+    weight, theta, gradients, START: tl.constexpr, INPUTS: tl.constexpr, x, grad
+):
+    """The output and the hidden layer before it, unit by unit: few tiles are held at a time."""
+    LAST: tl.constexpr = weight.NUM_PARAMETERS - weight.WIDTH - 1
+    scaled = grad * weight.scale
+    _add_to_theta(weight, gradients, LAST + weight.WIDTH, scaled)
+    grad_x = ()
+    for j in tl.static_range(weight.WIDTH):
+        unit = _unit(weight, theta, START, INPUTS, j, x)
+        _add_to_theta(weight, gradients, LAST + j, scaled * unit)
+        grad_x = _unit_backward(
+            weight, theta, gradients, START, INPUTS, j, x, unit, grad * theta[LAST + j], grad_x
         )
     return grad_x
 
 
 @triton.jit
-def _activate_backward(weight, outputs, grads):
-    results = ()
-    for j in tl.static_range(weight.WIDTH):
-        if weight.TANH:
-            results = results + (grads[j] - grads[j] * outputs[j] * outputs[j],)
-        else:
-            results = results + (tl.where(outputs[j] > 0, grads[j], 0.0),)
-    return results
-
-
-@triton.jit
 def _reconstruct_backward(weight, theta, gradients, elements, grad):
     """Adds to theta's gradient and returns that of the elements, given V's."""
-    FIRST: tl.constexpr = (weight.NUM_HASHES + 1) * weight.WIDTH
-    SECOND: tl.constexpr = (weight.WIDTH + 1) * weight.WIDTH
     grad_elements = ()
     if weight.DEPTH < 2:
         for u in tl.static_range(weight.NUM_HASHES):
             grad_elements = grad_elements + (grad * theta[u],)
             if weight.DEPTH == 1:
-                total = tl.sum(grad * elements[u]) * weight.scale
-                _add_to_theta(gradients, u, weight.NUM_PARAMETERS, total)
+                _add_to_theta(weight, gradients, u, grad * elements[u] * weight.scale)
+    elif weight.DEPTH == 2:
+        grad_elements = _last_layers_backward(
+            weight, theta, gradients, 0, weight.NUM_HASHES, elements, grad
+        )
     else:
-        hidden = _activate(weight, _affine(theta, 0, weight.WIDTH, weight.NUM_HASHES, elements))
-        last = hidden
-        if weight.DEPTH == 3:
-            last = _activate(weight, _affine(theta, FIRST, weight.WIDTH, weight.WIDTH, hidden))
-        LAST: tl.constexpr = FIRST + SECOND * (weight.DEPTH - 2)
-        grads = _affine_backward(
-            weight, theta, gradients, LAST, 1, weight.WIDTH, last, (grad,), weight.scale
-        )
-        grads = _activate_backward(weight, last, grads)
-        if weight.DEPTH == 3:
-            grads = _affine_backward(
-                weight, theta, gradients, FIRST, weight.WIDTH, weight.WIDTH, hidden, grads, 1.0
-            )
-            grads = _activate_backward(weight, hidden, grads)
-        grad_elements = _affine_backward(
-            weight, theta, gradients, 0, weight.WIDTH, weight.NUM_HASHES, elements, grads, 1.0
-        )
+        FIRST: tl.constexpr = (weight.NUM_HASHES + 1) * weight.WIDTH
+        hidden = _hidden(weight, theta, 0, weight.NUM_HASHES, elements)
+        grads = _last_layers_backward(weight, theta, gradients, FIRST, weight.WIDTH, hidden, grad)
+        for j in tl.static_range(weight.WIDTH):
+            grad_elements = _unit_backward(
+                weight, theta, gradients, 0, weight.NUM_HASHES, j,
+                elements, hidden[j], grads[j], grad_elements,
+            )  # fmt: skip
     return grad_elements
 
 
 @triton.jit
+def _halves(x):
+    """The left and the right columns of x [R, COLS]."""
+    pair = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(pair, (0, 2, 1)))
+
+
+@triton.jit
 def virtual_tile_backward(
-    weight, theta, gradients, keys, bases, first_col, COLS: tl.constexpr, grad
+    weight, theta, gradients, keys, bases, first_col, COLS: tl.constexpr, CHUNK: tl.constexpr, grad
 ):
     """Adds to the gradients of pool and theta.
 
     Args:
         theta, keys, bases, first_col: of virtual_tile.
+        CHUNK: how many columns to take at a time, for what registers hold of each.
         grad: of V, float32 [R, COLS], zero at what is not part of V.
     """
-    blocks, inner = _columns(weight, first_col, COLS)
-    offsets, negatives = draws(weight, keys, bases, blocks, inner)
-    elements = _gather(weight, offsets, negatives)
-    grad = tl.reshape(grad, elements[0].shape)
-    grad_elements = _reconstruct_backward(weight, theta, gradients, elements, grad)
-    for u in tl.static_range(weight.NUM_HASHES):
-        values = tl.where(negatives[u], -grad_elements[u], grad_elements[u])
-        if gradients.FIXED_POINT:
-            values = (values * tl.load(gradients.units)).to(tl.int64)
-        tl.atomic_add(gradients.pool + offsets[u], values, sem="relaxed")
+    if COLS > CHUNK:
+        HALF: tl.constexpr = COLS // 2
+        left, right = _halves(grad)
+        virtual_tile_backward(weight, theta, gradients, keys, bases, first_col, HALF, CHUNK, left)
+        virtual_tile_backward(
+            weight, theta, gradients, keys, bases, first_col + HALF, HALF, CHUNK, right
+        )
+    else:
+        blocks, inner = _columns(weight, first_col, COLS)
+        offsets, negatives = draws(weight, keys, bases, blocks, inner)
+        elements = _gather(weight, offsets, negatives)
+        grad = tl.reshape(grad, elements[0].shape)
+        grad_elements = _reconstruct_backward(weight, theta, gradients, elements, grad)
+        for u in tl.static_range(weight.NUM_HASHES):
+            values = tl.where(negatives[u], -grad_elements[u], grad_elements[u])
+            if gradients.FIXED_POINT:
+                values = (values * tl.load(gradients.units)).to(tl.int64)
+            tl.atomic_add(gradients.pool + offsets[u], values, sem="relaxed")

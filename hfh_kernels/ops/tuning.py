@@ -32,6 +32,11 @@ class Tiles:
     warps: int
     stages: int
 
+    @property
+    def chunk(self) -> int:
+        """Columns that g's backward pass takes at a time: with over 8 weights a thread it spills."""
+        return max(8, 8 * 32 * self.warps // self.n)
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
@@ -44,38 +49,47 @@ class Device:
     """Bytes a program may have."""
 
 
-# Chosen by what the compiler makes of them (bench/compiled.py): the largest tiles without spills in
-# float32 accumulators, and enough programs to fill the device. Untimed.
-DEFAULTS: dict[tuple[str, str], Tiles] = {
-    ("linear", "small"): Tiles(16, 64, 64, 4, 3),
-    ("linear", "middle"): Tiles(64, 64, 64, 4, 3),
-    ("linear", "large"): Tiles(128, 128, 64, 8, 3),
-    ("linear_backward_input", "small"): Tiles(16, 64, 64, 4, 3),
-    ("linear_backward_input", "middle"): Tiles(64, 64, 64, 4, 3),
-    ("linear_backward_input", "large"): Tiles(128, 64, 128, 8, 3),
-    ("linear_backward_weight", "small"): Tiles(16, 64, 64, 4, 2),
-    ("linear_backward_weight", "middle"): Tiles(32, 64, 64, 4, 3),
-    ("linear_backward_weight", "large"): Tiles(64, 64, 64, 4, 3),
-    ("materialize", "any"): Tiles(1, 32, 128, 4, 1),
-    ("materialize_backward", "any"): Tiles(1, 32, 64, 4, 1),
-}
-"""By kernel and regime, where TABLE has nothing."""
+ROWS = (16, 64, 128, 256)
+"""Regimes of a product: its tiles have the fewest of these rows that hold all activations, since
+each tile makes V anew. The smallest is the least that matrix units take."""
 
-TABLE: dict[tuple[str, str, str], Tiles] = {
-    ("linear", "large", "sm90"): Tiles(256, 128, 32, 8, 3),
+# Chosen by what the compiler makes of them (bench/compiled.py): no spills, and as many columns as
+# leave registers for the sums. Untimed.
+DEFAULTS: dict[tuple[str, int], Tiles] = {
+    ("linear", 16): Tiles(16, 64, 64, 4, 3),
+    ("linear", 64): Tiles(64, 64, 64, 4, 3),
+    ("linear", 128): Tiles(128, 128, 64, 8, 3),
+    ("linear", 256): Tiles(256, 128, 32, 8, 3),
+    ("linear_backward_input", 16): Tiles(16, 64, 64, 4, 3),
+    ("linear_backward_input", 64): Tiles(64, 64, 64, 4, 3),
+    ("linear_backward_input", 128): Tiles(128, 64, 128, 8, 3),
+    ("linear_backward_input", 256): Tiles(256, 32, 128, 8, 3),
+    ("linear_backward_weight", 16): Tiles(16, 64, 64, 8, 2),
+    ("linear_backward_weight", 64): Tiles(32, 64, 64, 8, 3),
+    ("linear_backward_weight", 128): Tiles(64, 128, 64, 8, 3),
+    ("linear_backward_weight", 256): Tiles(64, 128, 128, 8, 3),
+    ("materialize", 0): Tiles(1, 32, 128, 4, 1),
+    ("materialize_backward", 0): Tiles(1, 32, 64, 4, 1),
 }
+"""By kernel and regime, 0 where there are no activations; where TABLE has nothing."""
+
+FLOAT32: dict[tuple[str, int], Tiles] = {
+    ("linear", 128): Tiles(128, 64, 64, 8, 2),
+    ("linear", 256): Tiles(128, 64, 64, 8, 2),
+    ("linear_backward_input", 128): Tiles(128, 32, 128, 8, 2),
+    ("linear_backward_input", 256): Tiles(128, 32, 128, 8, 2),
+    ("linear_backward_weight", 128): Tiles(32, 128, 128, 8, 3),
+    ("linear_backward_weight", 256): Tiles(32, 128, 128, 8, 3),
+}
+"""The same for activations in float32, whose products take registers for parts of each number."""
+
+TABLE: dict[tuple[str, int, str], Tiles] = {}
 """By kernel, regime and kind of device: H100 and H200 are "sm90", A100 "sm80"."""
 
 
-def batch_regime(batch: int) -> str:
-    """Which tiles suit a batch.
-
-    A small one has a single tile of rows, and making V is the whole cost; in a middle one few rows
-    share it; in a large one the product counts as much.
-    """
-    if batch <= 16:
-        return "small"
-    return "middle" if batch <= 256 else "large"
+def rows_regime(rows: int) -> int:
+    """Which tiles suit so many rows of activations, see ROWS."""
+    return next((size for size in ROWS if rows <= size), ROWS[-1])
 
 
 def mode() -> str:
@@ -100,9 +114,11 @@ def device(index: int | None) -> Device:
     )
 
 
-def tiles(kernel: str, regime: str, device: Device) -> Tiles:
-    """The entry of TABLE, or of DEFAULTS."""
+def tiles(kernel: str, regime: int, itemsize: int, device: Device) -> Tiles:
+    """The entry of TABLE, or of DEFAULTS, for activations of that many bytes."""
     default = DEFAULTS[kernel, regime]
+    if itemsize == torch.float32.itemsize:
+        return FLOAT32.get((kernel, regime), default)
     return default if mode() == "off" else TABLE.get((kernel, regime, device.kind), default)
 
 
@@ -112,14 +128,20 @@ _tuned: dict[tuple[Any, ...], Tiles] = {}
 
 def run(
     kernel: str,
-    regime: str,
+    regime: int,
     virtual: VirtualWeight,
     activations: torch.Tensor,
     launch: Callable[[Tiles, Device], Result],
 ) -> Result:
     """Call ``launch`` with the tiles of a kernel for these activations; "full" tunes them first."""
     on = device(activations.device.index if activations.is_cuda else None)
-    chosen = fitted(tiles(kernel, regime, on), virtual, activations.element_size(), on)
+    chosen = fitted(
+        kernel,
+        tiles(kernel, regime, activations.element_size(), on),
+        virtual,
+        activations.element_size(),
+        on,
+    )
     if mode() == "full" and activations.is_cuda and not torch.cuda.is_current_stream_capturing():
         key = (
             kernel, regime, activations.device, activations.dtype, virtual.pool.dtype,
@@ -127,7 +149,7 @@ def run(
         )  # fmt: skip
         if key not in _tuned:
             candidates = {
-                fitted(candidate, virtual, activations.element_size(), on)
+                fitted(kernel, candidate, virtual, activations.element_size(), on)
                 for candidate in neighbours(chosen)
             }
             _tuned[key] = min(
@@ -155,17 +177,12 @@ def neighbours(start: Tiles) -> list[Tiles]:
     return choices
 
 
-def fitted(start: Tiles, virtual: VirtualWeight, itemsize: int, device: Device) -> Tiles:
+def fitted(
+    kernel: str, start: Tiles, virtual: VirtualWeight, itemsize: int, device: Device
+) -> Tiles:
     """The same with fewer stages, then fewer columns, until what they hold fits shared memory."""
-    pool_itemsize = virtual.pool.element_size()
-    # Copies of less than four bytes are not asynchronous and wait in registers.
-    is_copied = virtual.BLOCK.value * pool_itemsize >= 4
-    gathered = virtual.NUM_HASHES.value * pool_itemsize if is_copied else 0
     result = start
-    while True:
-        stage = result.m * max(result.n, result.k) * itemsize + result.n * result.k * gathered
-        if stage * result.stages <= device.shared_memory - _MARGIN:
-            return result
+    while _stage_bytes(kernel, result, virtual, itemsize) * result.stages > device.shared_memory:
         if result.stages > 2:
             result = dataclasses.replace(result, stages=result.stages - 1)
         elif result.k > 32:
@@ -173,16 +190,25 @@ def fitted(start: Tiles, virtual: VirtualWeight, itemsize: int, device: Device) 
         elif result.stages > 1:
             result = dataclasses.replace(result, stages=1)
         else:
-            return result
+            break
+    return result
 
 
-_MARGIN = 32 * 1024
-"""Bytes for what the compiler itself keeps in shared memory, to change layouts and to reduce."""
+def _stage_bytes(kernel: str, tiles: Tiles, virtual: VirtualWeight, itemsize: int) -> int:
+    """What the loop of a kernel copies to shared memory ahead of a product."""
+    if kernel.endswith("backward_weight"):
+        return tiles.m * (tiles.n + tiles.k) * itemsize
+    activations = tiles.n if kernel.endswith("backward_input") else tiles.k
+    pool_itemsize = virtual.pool.element_size()
+    # Copies of less than four bytes are not asynchronous and wait in registers.
+    is_copied = virtual.BLOCK.value * pool_itemsize >= 4
+    gathered = virtual.NUM_HASHES.value * pool_itemsize if is_copied else 0
+    return tiles.m * activations * itemsize + tiles.n * tiles.k * gathered
 
 
-def num_parts(programs: int, steps: int, device: Device) -> int:
+def num_parts(programs: int, steps: int, warps: int, device: Device) -> int:
     """In how many parts to split a sum of so many steps, so that programs fill the device."""
     parts = 1
-    while parts < 16 and programs * parts < 2 * device.processors and steps >= 4 * parts:
+    while 2 * parts * programs * warps <= 16 * device.processors and 8 * parts <= steps:
         parts *= 2
     return parts

@@ -95,8 +95,8 @@ def _linear_bwd_input_kernel(
 @triton.jit
 def _linear_bwd_weight_kernel(
     grad_output, input, weight, gradients, batch, out_features, in_features, lead,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, CHUNK: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to the gradients; that of a tile of V stays in registers, over one part of the batch."""
     num_n, num_k = tl.cdiv(out_features, TILE_N), tl.cdiv(in_features + lead, TILE_K)
@@ -124,7 +124,7 @@ def _linear_bwd_weight_kernel(
     keys, bases = hash_rows(weight, logical_rows(weight, n))
     theta = load_theta(weight)
     virtual_tile_backward(
-        weight, theta, gradients, keys, bases, first_col(weight, start), TILE_K, grad
+        weight, theta, gradients, keys, bases, first_col(weight, start), TILE_K, CHUNK, grad
     )
 
 
@@ -151,7 +151,9 @@ def linear(
     def launch(tiles: Tiles, device: Device) -> Tensor:
         start = lead(virtual, tiles.k)
         programs = triton.cdiv(batch, tiles.m) * triton.cdiv(out_features, tiles.n)
-        parts = tuning.num_parts(programs, triton.cdiv(in_features + start, tiles.k), device)
+        parts = tuning.num_parts(
+            programs, triton.cdiv(in_features + start, tiles.k), tiles.warps, device
+        )
         output = _parts(parts, (batch, out_features), input)
         with on_device(input):
             _linear_fwd_kernel[(programs * parts,)](
@@ -166,7 +168,7 @@ def linear(
     shape = (*input.shape[:-1], out_features)
     if batch == 0 or out_features == 0:
         return input.new_empty(shape)
-    regime = tuning.batch_regime(batch)
+    regime = tuning.rows_regime(batch)
     return tuning.run("linear", regime, virtual, input, launch).view(shape)
 
 
@@ -183,7 +185,7 @@ def linear_backward_input(
     def launch(tiles: Tiles, device: Device) -> Tensor:
         start = lead(virtual, tiles.k)
         programs = triton.cdiv(batch, tiles.m) * triton.cdiv(in_features + start, tiles.k)
-        parts = tuning.num_parts(programs, triton.cdiv(out_features, tiles.n), device)
+        parts = tuning.num_parts(programs, triton.cdiv(out_features, tiles.n), tiles.warps, device)
         grad_input = _parts(parts, (batch, in_features), grad_output)
         with on_device(grad_output):
             _linear_bwd_input_kernel[(programs * parts,)](
@@ -197,7 +199,7 @@ def linear_backward_input(
     shape = (*grad_output.shape[:-1], in_features)
     if batch == 0 or in_features == 0:
         return grad_output.new_empty(shape)
-    regime = tuning.batch_regime(batch)
+    regime = tuning.rows_regime(batch)
     return tuning.run("linear_backward_input", regime, virtual, grad_output, launch).view(shape)
 
 
@@ -220,13 +222,13 @@ def linear_backward_weight(
     def launch(tiles: Tiles, device: Device) -> tuple[Tensor, Tensor]:
         start = lead(virtual, tiles.k)
         programs = triton.cdiv(out_features, tiles.n) * triton.cdiv(in_features + start, tiles.k)
-        parts = tuning.num_parts(programs, triton.cdiv(batch, tiles.m), device)
+        parts = tuning.num_parts(programs, triton.cdiv(batch, tiles.m), tiles.warps, device)
         num_terms = parts * out_features * in_features * virtual.NUM_HASHES.value
         sums = GradientSums(virtual, programs * parts, num_terms, bound)
         with on_device(input):
             _linear_bwd_weight_kernel[(programs * parts,)](
                 grads, rows, virtual, sums.argument(), batch, out_features, in_features, start,
-                TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, PARTS=parts,
+                TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, CHUNK=tiles.chunk, PARTS=parts,
                 PRECISION=_precision(grad_output),
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
@@ -234,7 +236,7 @@ def linear_backward_weight(
 
     if grads.numel() == 0 or rows.numel() == 0:
         return torch.zeros_like(pool), torch.zeros_like(theta)
-    regime = tuning.batch_regime(batch)
+    regime = tuning.rows_regime(batch)
     return tuning.run("linear_backward_weight", regime, virtual, grad_output, launch)
 
 

@@ -40,8 +40,9 @@ def _materialize_kernel(
 
 @triton.jit
 def _materialize_bwd_kernel(
-    grad, weight, gradients, rows, cols, lead, TILE_N: tl.constexpr, TILE_K: tl.constexpr
-):
+    grad, weight, gradients, rows, cols, lead,
+    TILE_N: tl.constexpr, TILE_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     num_k = tl.cdiv(cols + lead, TILE_K)
     n = (tl.program_id(0) // num_k) * TILE_N + tl.arange(0, TILE_N)
     start = (tl.program_id(0) % num_k) * TILE_K - lead
@@ -51,7 +52,15 @@ def _materialize_bwd_kernel(
     keys, bases = hash_rows(weight, logical_rows(weight, n))
     theta = load_theta(weight)
     virtual_tile_backward(
-        weight, theta, gradients, keys, bases, first_col(weight, start), TILE_K, g.to(tl.float32)
+        weight,
+        theta,
+        gradients,
+        keys,
+        bases,
+        first_col(weight, start),
+        TILE_K,
+        CHUNK,
+        g.to(tl.float32),
     )
 
 
@@ -72,7 +81,7 @@ def materialize(pool: Tensor, theta: Tensor, rows: int, cols: int, *weight: Any)
 
     if output.numel() == 0:
         return output
-    return tuning.run("materialize", "any", virtual, pool, launch)
+    return tuning.run("materialize", 0, virtual, pool, launch)
 
 
 def materialize_backward(
@@ -92,11 +101,11 @@ def materialize_backward(
         with on_device(pool):
             _materialize_bwd_kernel[(programs,)](
                 grad, virtual, sums.argument(), rows, cols, start,
-                TILE_N=tiles.n, TILE_K=tiles.k,
+                TILE_N=tiles.n, TILE_K=tiles.k, CHUNK=tiles.chunk,
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
         return sums.result()
 
     if grad.numel() == 0:
         return torch.zeros_like(pool), torch.zeros_like(theta)
-    return tuning.run("materialize_backward", "any", virtual, pool, launch)
+    return tuning.run("materialize_backward", 0, virtual, pool, launch)

@@ -1,0 +1,272 @@
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory,
+instructions. `python -m bench.compiled [--quick]` prints a table and writes results/compiled.json.
+
+The launchers run on tensors without memory and their kernels are compiled instead of launched, so
+the configurations are those a GPU of that kind would run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from bench.shapes import GPU_LINEARS, GPULinear
+from hfh_kernels.functional.weight import weight_fields
+from hfh_kernels.ops import tuning
+from hfh_kernels.ops.linear import triton as linear_triton
+
+RESULTS = Path(__file__).parent / "results"
+PLAIN = "U4 depth 2, block 32, bf16"
+"""What is compiled for every architecture; the rest for the H200's."""
+DEVICES = {
+    80: tuning.Device("sm80", 108, 163 * 1024),
+    90: tuning.Device("sm90", 132, 227 * 1024),
+    100: tuning.Device("sm100", 148, 227 * 1024),
+}
+"""A100, H100 or H200, B200: processors and shared memory a program, from the CUDA guide's table of
+compute capabilities and the data sheets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel with the arguments of one launch."""
+
+    kernel: JITFunction[Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    @property
+    def tile_weights(self) -> int:
+        """Virtual weights that a program makes at a time."""
+        return int(self.keywords["TILE_N"] * self.keywords["TILE_K"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What one kernel was compiled to."""
+
+    kernel: str
+    call: str
+    arch: int
+    tiles: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    loop_instructions: float
+    """Of the longest loop, for each weight of a tile; all are where there is no loop."""
+    instructions: float
+    """Of the whole kernel, likewise."""
+    async_copies: int
+    """Asynchronous copies of 16 bytes in that loop."""
+    tensor_instructions: int
+
+
+def launches(call: Callable[[], Any], device: tuning.Device) -> list[Launch]:
+    """The launches that a call on meta tensors makes on that device."""
+    seen: list[Launch] = []
+
+    def record(kernel: JITFunction[Any], *arguments: Any, **keywords: Any) -> None:
+        del keywords["grid"], keywords["warmup"]
+        seen.append(Launch(kernel, arguments, keywords))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(tuning, "device", return_value=device),
+    ):
+        call()
+    return seen
+
+
+def source(launch: Launch) -> ASTSource:
+    """The kernel specialised as a launch would: for its types, ones and multiples of 16."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            kinds = [kind(item, (*path, i)) for i, item in enumerate(value)]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return "*" + _NAMES[value.dtype]
+        if isinstance(value, tl.constexpr) or value is None or (value == 1 and type(value) is int):
+            constants[path] = getattr(value, "value", value)
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        if index < len(launch.arguments):
+            signature[name] = kind(launch.arguments[index], (index,))
+        else:
+            signature[name] = "constexpr"
+            constants[(index,)] = launch.keywords[name]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+def compile_launch(launch: Launch, call: str, arch: int) -> Compiled:
+    warps = launch.keywords.get("num_warps", 4)
+    options = {"num_warps": warps, "num_stages": launch.keywords.get("num_stages", 3)}
+    compiled = triton.compile(source(launch), GPUTarget("cuda", arch, 32), options)
+    sass, usage = _disassembled(compiled.asm["cubin"])
+    instructions, body = _longest_loop(sass)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    kinds = collections.Counter(_opcode(instruction) for instruction in body)
+    tiles = {key.removeprefix("TILE_").lower(): launch.keywords[key] for key in launch.keywords
+             if key.startswith("TILE_")}  # fmt: skip
+    return Compiled(
+        kernel=launch.kernel.__name__,
+        call=call,
+        arch=arch,
+        tiles=" ".join(f"{name}{size}" for name, size in tiles.items())
+        + f" warps{warps} stages{options['num_stages']}",
+        registers=registers,
+        spilled_bytes=stack if any(_opcode(i) == "STL" for i in instructions) else 0,
+        shared_bytes=compiled.metadata.shared,
+        loop_instructions=round(len(body) * warps * 32 / launch.tile_weights, 1),
+        instructions=round(len(instructions) * warps * 32 / launch.tile_weights, 1),
+        async_copies=sum("LDGSTS" in instruction and ".128" in instruction for instruction in body),
+        tensor_instructions=kinds["HMMA"] + kinds["HGMMA"] + kinds["UTCHMMA"],
+    )
+
+
+def _disassembled(binary: bytes) -> tuple[str, str]:
+    """The machine code and cuobjdump's line on resources, by the tools in Triton's wheel."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return tuple(  # type: ignore[return-value]
+            subprocess.run(
+                [str(tools / tool), *options, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, options in (("nvdisasm", ["-c"]), ("cuobjdump", ["-res-usage"]))
+        )
+
+
+def _longest_loop(sass: str) -> tuple[list[str], list[str]]:
+    """All instructions, and those between the backward branch that spans most and its target."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        instruction = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if instruction:
+            instructions.append(instruction[1].strip())
+    body: list[str] = []
+    for i, instruction in enumerate(instructions):
+        target = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction)
+        start = labels.get(target[1], i) if target else i
+        # A kernel ends in a branch to itself.
+        if i - start > max(len(body), 1):
+            body = instructions[start : i + 1]
+    return instructions, body or instructions
+
+
+def _opcode(instruction: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split(None, 1)[0].split(".")[0]
+
+
+Calls = dict[str, Callable[[], Any]]
+"""By name, functions that run one operator on meta tensors."""
+
+
+def linear_calls(shape: GPULinear, batch: int) -> Calls:
+    layer = shape.layer("meta")
+    weight = weight_fields(layer.hash_spec, layer.reconstruction, layer.scale, 0, 0)
+    parameters = layer.pool.weight, layer.theta
+    input = torch.empty(batch, shape.in_features, dtype=shape.dtype, device="meta")
+    grad = torch.empty(batch, shape.out_features, dtype=shape.dtype, device="meta")
+    name = f"{shape.name}, {_NAMES[shape.dtype]}, batch {batch}"
+    return {
+        f"linear {name}": lambda: linear_triton.linear(
+            input, *parameters, None, shape.out_features, *weight
+        ),
+        f"linear_backward_input {name}": lambda: linear_triton.linear_backward_input(
+            grad, *parameters, shape.in_features, *weight
+        ),
+        f"linear_backward_weight {name}": lambda: linear_triton.linear_backward_weight(
+            grad, input, *parameters, *weight
+        ),
+    }
+
+
+def all_calls() -> Calls:
+    """One layer of each kind, for kernels do not depend on its size, and one batch of each regime."""
+    kinds = {(s.block, s.depth, s.num_hashes, s.dtype): s for s in reversed(GPU_LINEARS)}
+    calls: Calls = {}
+    for shape in kinds.values():
+        for batch in tuning.ROWS:
+            calls |= linear_calls(shape, batch)
+    return calls
+
+
+def report(calls: Calls, archs: tuple[int, ...]) -> list[Compiled]:
+    rows = []
+    for name, call in calls.items():
+        for arch in archs:
+            for launch in launches(call, DEVICES[arch]):
+                rows.append(compile_launch(launch, name, arch))
+    return rows
+
+
+def table(rows: list[Compiled]) -> str:
+    names = [field.name for field in dataclasses.fields(Compiled)]
+    cells = [names, *([str(value) for value in dataclasses.astuple(row)] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="for the H200 alone, write nothing")
+    options = parser.parse_args()
+    rows = report(all_calls(), (90,))
+    if not options.quick:
+        others = tuple(arch for arch in DEVICES if arch != 90)
+        rows += report({k: c for k, c in all_calls().items() if PLAIN in k}, others)
+    print(table(rows))
+    if not options.quick:
+        content = {"triton": triton.__version__, "rows": [dataclasses.asdict(row) for row in rows]}
+        path = RESULTS / "compiled.json"
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
