@@ -140,7 +140,7 @@ def compile_launch(launch: Launch, call: str, arch: int) -> Compiled:
     compiled = triton.compile(source(launch), GPUTarget("cuda", arch, 32), options)
     sass, usage = _disassembled(compiled.asm["cubin"])
     instructions, body = _longest_loop(sass)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    registers, stack = (_number(name, usage) for name in ("REG", "STACK"))
     kinds = collections.Counter(_opcode(instruction) for instruction in body)
     tiles = {key.removeprefix("TILE_").lower(): launch.keywords[key] for key in launch.keywords
              if key.startswith("TILE_")}  # fmt: skip
@@ -174,6 +174,12 @@ def _disassembled(binary: bytes) -> tuple[str, str]:
         )
 
 
+def _number(name: str, usage: str) -> int:
+    found = re.search(rf"{name}:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1])
+
+
 def _longest_loop(sass: str) -> tuple[list[str], list[str]]:
     """All instructions, and those between the backward branch that spans most and its target."""
     instructions: list[str] = []
@@ -182,13 +188,13 @@ def _longest_loop(sass: str) -> tuple[list[str], list[str]]:
         label = re.match(r"\s*(\.L_x_\d+):", line)
         if label:
             labels[label[1]] = len(instructions)
-        instruction = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-        if instruction:
-            instructions.append(instruction[1].strip())
+        code = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if code:
+            instructions.append(code[1].strip())
     body: list[str] = []
     for i, instruction in enumerate(instructions):
-        target = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction)
-        start = labels.get(target[1], i) if target else i
+        branch = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction)
+        start = labels.get(branch[1], i) if branch else i
         # A kernel ends in a branch to itself.
         if i - start > max(len(body), 1):
             body = instructions[start : i + 1]
@@ -224,7 +230,7 @@ def linear_calls(shape: GPULinear, batch: int) -> Calls:
 
 
 def all_calls() -> Calls:
-    """One layer of each kind, for kernels do not depend on its size, and one batch of each regime."""
+    """A layer of each kind, for kernels do not depend on its size, and a batch of each regime."""
     kinds = {(s.block, s.depth, s.num_hashes, s.dtype): s for s in reversed(GPU_LINEARS)}
     calls: Calls = {}
     for shape in kinds.values():

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfh_kernels import HashSpec, Reconstruction, _extension, build_info, dispatch, functional, nn
+from hfh_kernels import (
+    HashSpec,
+    Reconstruction,
+    _extension,
+    _triton,
+    build_info,
+    dispatch,
+    functional,
+    nn,
+)
 from tests.tolerances import TOLERANCE, relative_error
 
 SPEC = HashSpec(seed=2**32 - 1, num_hashes=4, pool_size=256, block=8)
@@ -38,7 +47,7 @@ def extension_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_backend() -> None:
-    message = r"backend must be one of \('auto', 'cpu', 'reference'\), received 'gpu'"
+    message = r"backend must be one of \('auto', 'cpu', 'triton', 'reference'\), received 'gpu'"
     for ask in (dispatch.choose, dispatch.can_run):
         with pytest.raises(ValueError, match=message):
             ask("gpu", torch.ones(1))
@@ -72,9 +81,56 @@ def test_limits_of_cpu(tensors: list[Tensor], reason: str | None) -> None:
         assert dispatch.choose("auto", *tensors) == "reference"
         with pytest.raises(RuntimeError, match=f"backend 'cpu' cannot run: .*{reason}"):
             dispatch.choose("cpu", *tensors)
-        first, second = dispatch.explain(*tensors).splitlines()
-        assert first == f"cpu: {dispatch.can_run('cpu', *tensors)}"
-        assert second == "reference: chosen"
+        assert dispatch.explain(*tensors).splitlines() == [
+            f"cpu: {dispatch.can_run('cpu', *tensors)}",
+            f"triton: {dispatch.can_run('triton', *tensors)}",
+            "reference: chosen",
+        ]
+
+
+@pytest.fixture
+def triton_present(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "_found", True)
+    monkeypatch.setattr(_triton, "_interpreted", False)
+
+
+@pytest.mark.usefixtures("extension_present", "triton_present")
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ([], None),
+        ([torch.ones(1)], r"tensors on cuda, received one on cpu"),
+        ([torch.ones(1, device="meta")], r"tensors on cuda, received one on meta"),
+    ],
+)
+def test_limits_of_triton(tensors: list[Tensor], reason: str | None) -> None:
+    if reason is None:
+        assert dispatch.can_run("triton", *tensors) is None
+    else:
+        with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run: .*{reason}"):
+            dispatch.choose("triton", *tensors)
+
+
+@pytest.mark.usefixtures("extension_present", "triton_present")
+def test_interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "_interpreted", True)
+    assert dispatch.choose("auto", torch.ones(1), torch.ones(1).half()) == "triton"
+    assert dispatch.choose("auto", torch.ones(1).double()) == "reference"
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run: TRITON_INTERPRET=1 gives"):
+        dispatch.choose("cpu", torch.ones(1))
+
+
+@pytest.mark.usefixtures("extension_present", "triton_present")
+def test_triton_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "_found", False)
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run: Triton is not installed"):
+        dispatch.choose("triton")
+
+
+@pytest.mark.usefixtures("extension_missing", "triton_present")
+def test_triton_without_the_extension() -> None:
+    with pytest.raises(RuntimeError, match=r"needs the compiled extension, .*: no compiler"):
+        dispatch.choose("triton")
 
 
 @pytest.mark.usefixtures("extension_present")

@@ -34,7 +34,7 @@ class Tiles:
 
     @property
     def chunk(self) -> int:
-        """Columns that g's backward pass takes at a time: with over 8 weights a thread it spills."""
+        """Columns that g's backward pass takes at a time: over 8 weights a thread it spills."""
         return max(8, 8 * 32 * self.warps // self.n)
 
 
