@@ -17,6 +17,7 @@ demo: $(BUILT)
 
 test: $(BUILT)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m gpu
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest bench

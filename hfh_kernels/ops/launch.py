@@ -104,6 +104,11 @@ def lead(virtual: VirtualWeight, tile_cols: int) -> int:
     return int(virtual.col_offset % min(virtual.BLOCK.value, tile_cols))
 
 
+def num_tiles(extent: int, size: int) -> int:
+    """triton.cdiv, which takes microseconds outside a kernel."""
+    return -(-extent // size)
+
+
 def dot_precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     """Of products of float32: TF32 where torch allows it, else three of them, which are as precise
     as one of float32 and use the matrix units too."""

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hfh_kernels.ops.launch import fields, on_device
+from hfh_kernels.ops.launch import fields, num_tiles, on_device
 from hfh_kernels.ops.library import require_same_device
 from hfh_kernels.ops.tile import VirtualWeight, draws, hash_rows
 
@@ -56,7 +56,7 @@ def hash_index(
     offsets = rows.new_empty((num_rows, num_cols, num_hashes))
     signs = torch.empty_like(offsets, dtype=torch.int8)
     if offsets.numel():
-        grid = (triton.cdiv(num_rows, 32) * triton.cdiv(num_cols, 32),)
+        grid = (num_tiles(num_rows, 32) * num_tiles(num_cols, 32),)
         with on_device(rows):
             _hash_index_kernel[grid](
                 rows.contiguous(), cols.contiguous(), virtual, offsets, signs,

@@ -15,6 +15,7 @@ from hfh_kernels.ops.launch import (
     GradientSums,
     dot_precision,
     lead,
+    num_tiles,
     on_device,
     require_inputs,
     virtual_weight,
@@ -150,9 +151,9 @@ def linear(
 
     def launch(tiles: Tiles, device: Device) -> Tensor:
         start = lead(virtual, tiles.k)
-        programs = triton.cdiv(batch, tiles.m) * triton.cdiv(out_features, tiles.n)
+        programs = num_tiles(batch, tiles.m) * num_tiles(out_features, tiles.n)
         parts = tuning.num_parts(
-            programs, triton.cdiv(in_features + start, tiles.k), tiles.warps, device
+            programs, num_tiles(in_features + start, tiles.k), tiles.warps, device
         )
         output = _parts(parts, (batch, out_features), input)
         with on_device(input):
@@ -184,8 +185,8 @@ def linear_backward_input(
 
     def launch(tiles: Tiles, device: Device) -> Tensor:
         start = lead(virtual, tiles.k)
-        programs = triton.cdiv(batch, tiles.m) * triton.cdiv(in_features + start, tiles.k)
-        parts = tuning.num_parts(programs, triton.cdiv(out_features, tiles.n), tiles.warps, device)
+        programs = num_tiles(batch, tiles.m) * num_tiles(in_features + start, tiles.k)
+        parts = tuning.num_parts(programs, num_tiles(out_features, tiles.n), tiles.warps, device)
         grad_input = _parts(parts, (batch, in_features), grad_output)
         with on_device(grad_output):
             _linear_bwd_input_kernel[(programs * parts,)](
@@ -221,8 +222,8 @@ def linear_backward_weight(
 
     def launch(tiles: Tiles, device: Device) -> tuple[Tensor, Tensor]:
         start = lead(virtual, tiles.k)
-        programs = triton.cdiv(out_features, tiles.n) * triton.cdiv(in_features + start, tiles.k)
-        parts = tuning.num_parts(programs, triton.cdiv(batch, tiles.m), tiles.warps, device)
+        programs = num_tiles(out_features, tiles.n) * num_tiles(in_features + start, tiles.k)
+        parts = tuning.num_parts(programs, num_tiles(batch, tiles.m), tiles.warps, device)
         num_terms = parts * out_features * in_features * virtual.NUM_HASHES.value
         sums = GradientSums(virtual, programs * parts, num_terms, bound)
         with on_device(input):

@@ -10,7 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from hfh_kernels.ops import tuning
-from hfh_kernels.ops.launch import GradientSums, lead, on_device, require_inputs, virtual_weight
+from hfh_kernels.ops.launch import (
+    GradientSums,
+    lead,
+    num_tiles,
+    on_device,
+    require_inputs,
+    virtual_weight,
+)
 from hfh_kernels.ops.tile import (
     first_col,
     hash_rows,
@@ -71,7 +78,7 @@ def materialize(pool: Tensor, theta: Tensor, rows: int, cols: int, *weight: Any)
 
     def launch(tiles: Tiles, device: Device) -> Tensor:
         start = lead(virtual, tiles.k)
-        grid = (triton.cdiv(rows, tiles.n) * triton.cdiv(cols + start, tiles.k),)
+        grid = (num_tiles(rows, tiles.n) * num_tiles(cols + start, tiles.k),)
         with on_device(pool):
             _materialize_kernel[grid](
                 virtual, output, rows, cols, start, TILE_N=tiles.n, TILE_K=tiles.k,
@@ -95,7 +102,7 @@ def materialize_backward(
 
     def launch(tiles: Tiles, device: Device) -> tuple[Tensor, Tensor]:
         start = lead(virtual, tiles.k)
-        programs = triton.cdiv(rows, tiles.n) * triton.cdiv(cols + start, tiles.k)
+        programs = num_tiles(rows, tiles.n) * num_tiles(cols + start, tiles.k)
         num_terms = rows * cols * virtual.NUM_HASHES.value
         sums = GradientSums(virtual, programs, num_terms, lambda: grad.float().abs().max())
         with on_device(pool):
