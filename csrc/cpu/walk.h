@@ -122,8 +122,7 @@ class KeyList {
     const Keys taken = next_;
     for (int v = 0; v < kVectors; ++v, advance()) {
       const uint32_t last = static_cast<uint32_t>(rows_.count - 1);
-      const Uint row =
-          gather_uint(rows_.rows, place_ < last ? place_ : splat_uint<Uint>(last));
+      const Uint row = gather_uint(rows_.rows, place_ < last ? place_ : splat_uint<Uint>(last));
       next_.key[v] = weight_key(row_key(row, params_.seed), block_ + first_block_);
       if (params_.rows_per_window != 0) next_.base[v] = window_bases(row, params_);
     }

@@ -60,8 +60,7 @@ bool ConvolutionGradient::multiply(int64_t row, int64_t rows, float* out, int64_
     return add_product(row, rows, out, stride);
   }
   // Transposed: the sums of a tile, which are of one tap, lie apart in the weight's rows.
-  auto* sums =
-      static_cast<float*>(Scratch<Purpose::kPositions>::get(rows * cols * sizeof(float)));
+  auto* sums = static_cast<float*>(Scratch<Purpose::kPositions>::get(rows * cols * sizeof(float)));
   std::fill_n(sums, rows * cols, 0.0f);
   const bool finite = add(row, rows, sums, rows, true);
   kernels().matrix_unit->transpose(sums, cols, rows, out, stride);

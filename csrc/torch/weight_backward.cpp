@@ -132,8 +132,7 @@ class SummedConvolution {
 
   static bool fits(const Convolution& convolution, const at::Tensor& input) {
     const auto& kernel = convolution.kernel_size;
-    return kernel[0] * kernel[1] == 1 &&
-           convolution.out_channels * input.size(1) <= kSumElements;
+    return kernel[0] * kernel[1] == 1 && convolution.out_channels * input.size(1) <= kSumElements;
   }
 
   at::ScalarType dtype() const { return at::kFloat; }
