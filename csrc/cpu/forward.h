@@ -89,7 +89,7 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, co
       };
       const int64_t col = part.col;
       ptrdiff_t i = 0;
-      if (Part::kWhole || (col >= 0 && col + round_up_to_lanes<W>(count) <= tile.cols)) {
+      if constexpr (Part::kWhole) {
         for (; i + 2 * W::kLanes <= count; i += 2 * W::kLanes) {
           VectorPair<Vector> a[W::kHashesBound];
           for (int u = 0; u < shape.num_hashes(); ++u) {
@@ -99,7 +99,9 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, co
           sink.vector(row, col + i, values.first);
           sink.vector(row, col + i + W::kLanes, values.second);
         }
-        if (i < count) sink.vector(row, col + i, value_at(i));
+      }
+      if (Part::kWhole || (col >= 0 && col + round_up_to_lanes<W>(count) <= tile.cols)) {
+        for (; i < count; i += W::kLanes) sink.vector(row, col + i, value_at(i));
       } else {
         for (; i < count; i += W::kLanes) sink.edge(row, col + i, value_at(i));
       }
