@@ -115,11 +115,17 @@ def test_convolutions(changes: dict[str, Any], channels_last: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_convolutions_of_what_is_not_finite(value: float) -> None:
-    arguments = CONVOLUTION.arguments()
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"batch": (3,), "size": (64, 60), "kernel_size": (1, 1), "padding": (0, 0)}],
+    ids=str,
+)
+def test_convolutions_of_what_is_not_finite(changes: dict[str, Any], value: float) -> None:
+    sample = dataclasses.replace(CONVOLUTION, **changes)
+    arguments = sample.arguments()
     arguments.input[1, 7, 3, 2] = value
-    actual = run_convolution(CONVOLUTION, arguments)
-    expected = run_convolution(CONVOLUTION, arguments.double(), backend="reference")
+    actual = run_convolution(sample, arguments)
+    expected = run_convolution(sample, arguments.double(), backend="reference")
     for name, result in actual.items():
         reference = expected[name]
         finite = reference.isfinite()

@@ -135,13 +135,13 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, ListedRows rows,
     };
     walk_elements<W>(weight, shape, rows, tile, visit, row_done);
   } else {
-    using Draws = BlockDraws<W>;
-    const auto visit = [&](int64_t row, int64_t col, const Draws& draws, int lane,
-                           const Draws& ahead, int ahead_lane, uint32_t phase, uint32_t stop) {
-      for (; phase < stop; phase += W::kLanes, col += W::kLanes) {
+    using Draws = BlockDraws<W, ListedRows::kVectorsAtOnce>;
+    const auto visit = [&](int64_t row, const auto& part, const Draws& draws, int lane, int ahead) {
+      int64_t col = part.col;
+      for (uint32_t phase = part.phase; phase < part.stop; phase += W::kLanes, col += W::kLanes) {
         Vector a[W::kHashesBound], grad_a[W::kHashesBound];
         for (int u = 0; u < shape.num_hashes(); ++u) {
-          const uint32_t ahead_offset = ahead.offset[u][ahead_lane] + phase;
+          const uint32_t ahead_offset = draws.offset[u][ahead] + phase;
           __builtin_prefetch(pool + ahead_offset);
           if (out.sum != nullptr) __builtin_prefetch(out.sum + ahead_offset, 1);
           a[u] = flip_sign(load_as<Vector>(pool + draws.offset[u][lane] + phase),
@@ -154,7 +154,7 @@ HFH_HOST_DEVICE void tile_backward(const VirtualWeight& weight, ListedRows rows,
         }
       }
     };
-    walk_blocks<W, Draws>(weight, shape, rows, tile, [](Draws&) {}, visit, row_done);
+    walk_blocks<W, Draws>(weight, shape, rows, tile, [](Draws&, int) {}, visit, row_done);
   }
 }
 

@@ -6,19 +6,21 @@ HFH_NAMESPACE_BEGIN
 
 /// Draws, and the first layer of g with the signs of each block folded into its columns: the sign
 /// then costs nothing where the weights are computed.
-template <class W>
-struct SignedDraws : BlockDraws<W> {
-  alignas(64) typename W::Scalar first[W::kFirstBound][W::kLanes];
+template <class W, int kVectorsAtOnce>
+struct SignedDraws : BlockDraws<W, kVectorsAtOnce> {
+  using Base = BlockDraws<W, kVectorsAtOnce>;
+  alignas(64) typename W::Scalar first[W::kFirstBound][Base::kCount];
 
-  // Not inlined, like `compute`.
+  /// Of a vector of blocks. Not inlined, like `compute`.
   __attribute__((noinline)) void fold_signs(const typename W::Shape& shape,
-                                            const typename W::Scalar* theta) {
+                                            const typename W::Scalar* theta, int lane) {
     using Vector = typename W::Vector;
     const int rows = first_layer_size(shape) / shape.num_hashes();
     for (int j = 0; j < rows; ++j) {
       for (int u = 0; u < shape.num_hashes(); ++u) {
         const int i = j * shape.num_hashes() + u;
-        store(first[i], flip_sign(splat<Vector>(theta[i]), load<typename W::Uint>(this->sign[u])));
+        const auto sign = load<typename W::Uint>(this->sign[u] + lane);
+        store(first[i] + lane, flip_sign(splat<Vector>(theta[i]), sign));
       }
     }
   }
@@ -48,11 +50,13 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, co
     };
     walk_elements<W>(weight, shape, rows, tile, visit, row_done);
   } else {
-    using Draws = SignedDraws<W>;
+    using Draws = SignedDraws<W, Rows::kVectorsAtOnce>;
     const auto* pool = static_cast<const typename W::Pool*>(weight.pool);
-    const auto prepare = [&](Draws& draws) { draws.fold_signs(shape, theta.values); };
-    const auto visit = [&](int64_t row, int64_t col, const Draws& draws, int lane,
-                           const Draws& ahead, int ahead_lane, uint32_t phase, uint32_t stop) {
+    const auto prepare = [&](Draws& draws, int lane) {
+      draws.fold_signs(shape, theta.values, lane);
+    };
+    const auto visit = [&]<class Part>(int64_t row, const Part& part, const Draws& draws, int lane,
+                                       int ahead) __attribute__((always_inline)) {
       sink.begin_block();
       constexpr bool kInRegisters = W::kFirstBound <= 16;
       Vector signed_first[kInRegisters ? W::kFirstBound : 1];
@@ -67,25 +71,39 @@ HFH_HOST_DEVICE void reconstruct_tile(const VirtualWeight& weight, Rows rows, co
         else
           return draws.first[i][lane];
       };
-      const auto* begin = pool + phase;
-      const auto count = static_cast<ptrdiff_t>(stop - phase);
+      const auto* begin = pool + part.phase;
+      const auto count = static_cast<ptrdiff_t>(part.stop - part.phase);
       const typename W::Pool *source[W::kHashesBound], *ahead_source[W::kHashesBound];
       for (int u = 0; u < shape.num_hashes(); ++u) {
         source[u] = begin + draws.offset[u][lane];
-        ahead_source[u] = begin + ahead.offset[u][ahead_lane];
+        ahead_source[u] = begin + draws.offset[u][ahead];
       }
+      const auto element = [&](int u, ptrdiff_t i) {
+        __builtin_prefetch(ahead_source[u] + i);
+        return load_as<Vector>(source[u] + i);
+      };
       const auto value_at = [&](ptrdiff_t i) {
         Vector a[W::kHashesBound];
-        for (int u = 0; u < shape.num_hashes(); ++u) {
-          __builtin_prefetch(ahead_source[u] + i);
-          a[u] = load_as<Vector>(source[u] + i);
-        }
+        for (int u = 0; u < shape.num_hashes(); ++u) a[u] = element(u, i);
         return reconstruct<Vector>(shape, first, theta.values, a);
       };
-      if (col >= 0 && col + round_up_to_lanes<W>(count) <= tile.cols) {
-        for (ptrdiff_t i = 0; i < count; i += W::kLanes) sink.vector(row, col + i, value_at(i));
+      const int64_t col = part.col;
+      ptrdiff_t i = 0;
+      if constexpr (Part::kWhole) {
+        for (; i + 2 * W::kLanes <= count; i += 2 * W::kLanes) {
+          VectorPair<Vector> a[W::kHashesBound];
+          for (int u = 0; u < shape.num_hashes(); ++u) {
+            a[u] = {element(u, i), element(u, i + W::kLanes)};
+          }
+          const auto values = reconstruct<VectorPair<Vector>>(shape, first, theta.values, a);
+          sink.vector(row, col + i, values.first);
+          sink.vector(row, col + i + W::kLanes, values.second);
+        }
+      }
+      if (Part::kWhole || (col >= 0 && col + round_up_to_lanes<W>(count) <= tile.cols)) {
+        for (; i < count; i += W::kLanes) sink.vector(row, col + i, value_at(i));
       } else {
-        for (ptrdiff_t i = 0; i < count; i += W::kLanes) sink.edge(row, col + i, value_at(i));
+        for (; i < count; i += W::kLanes) sink.edge(row, col + i, value_at(i));
       }
     };
     walk_blocks<W, Draws>(weight, shape, rows, tile, prepare, visit, row_done);

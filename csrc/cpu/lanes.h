@@ -45,6 +45,25 @@ struct DoubleLane {
   static constexpr int kCount = 1;
 };
 
+/// Two vectors whose operations alternate: those of one fill the gaps in which the other waits.
+template <class V>
+struct VectorPair {
+  V first, second;
+
+  HFH_HOST_DEVICE friend VectorPair operator+(const VectorPair& x, const VectorPair& y) {
+    return {x.first + y.first, x.second + y.second};
+  }
+  HFH_HOST_DEVICE VectorPair& operator+=(const VectorPair& x) { return *this = *this + x; }
+  template <class T>
+  HFH_HOST_DEVICE friend VectorPair operator*(T x, const VectorPair& y) {
+    return {x * y.first, x * y.second};
+  }
+  template <class T>
+  HFH_HOST_DEVICE friend VectorPair operator-(T x, const VectorPair& y) {
+    return {x - y.first, x - y.second};
+  }
+};
+
 /// x in every lane. (Not `V{} + x`: that would turn -0 into +0 and cost an addition.)
 template <class V, class T>
 HFH_HOST_DEVICE V splat(T x) {
@@ -154,6 +173,11 @@ HFH_HOST_DEVICE FloatVector relu(FloatVector x) {
 HFH_HOST_DEVICE double relu(double x) { return x < 0.0 ? 0.0 : x; }
 
 template <class V>
+HFH_HOST_DEVICE VectorPair<V> relu(const VectorPair<V>& x) {
+  return {relu(x.first), relu(x.second)};
+}
+
+template <class V>
 HFH_HOST_DEVICE V zero_where_not_positive(V y, V gradient) {
   return y <= 0 ? V{} : gradient;
 }
@@ -176,6 +200,11 @@ HFH_HOST_DEVICE FloatVector tanh_lanes(FloatVector x) {
   return x * p / q;
 }
 HFH_HOST_DEVICE double tanh_lanes(double x) { return std::tanh(x); }
+
+template <class V>
+HFH_HOST_DEVICE VectorPair<V> tanh_lanes(const VectorPair<V>& x) {
+  return {tanh_lanes(x.first), tanh_lanes(x.second)};
+}
 
 template <>
 HFH_HOST_DEVICE Product<UintVector> wide_multiply(UintVector a, uint32_t b) {
@@ -219,6 +248,20 @@ HFH_HOST_DEVICE V gather(const T* pool, U offset) {
     for (int lane = 0; lane < kFloatLanes; ++lane) value[lane] = to_float(pool[offset[lane]]);
     return value;
   }
+}
+
+/// values[index] in every lane; indices are below 2^31.
+HFH_HOST_DEVICE UintVector gather_uint(const uint32_t* values, UintVector index) {
+#if defined(__AVX512F__)
+  return (UintVector)_mm512_i32gather_epi32((__m512i)index, values, sizeof(uint32_t));
+#elif defined(__AVX2__)
+  return (UintVector)_mm256_i32gather_epi32(reinterpret_cast<const int*>(values), (__m256i)index,
+                                            sizeof(uint32_t));
+#else
+  UintVector value;
+  for (int lane = 0; lane < kFloatLanes; ++lane) value[lane] = values[index[lane]];
+  return value;
+#endif
 }
 
 /// first, first + 1, ... in consecutive lanes.

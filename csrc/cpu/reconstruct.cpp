@@ -6,6 +6,18 @@ HFH_NAMESPACE_BEGIN
 
 namespace {
 
+/// Writes those lanes whose columns, from `col` on, are in [0, cols). Not inlined, and apart from
+/// the sink: that would have to be in memory for it.
+template <class Scalar, class Vector>
+__attribute__((noinline)) void store_edge(Scalar* row, int64_t col, int64_t cols, Vector value) {
+  constexpr int kLanes = sizeof(Vector) / sizeof(Scalar);
+  Scalar lanes[kLanes];
+  store(lanes, value);
+  for (int i = 0; i < kLanes; ++i) {
+    if (col + i >= 0 && col + i < cols) row[col + i] = lanes[i];
+  }
+}
+
 /// Writes row i of the tile to `out + place[i]`, and nothing outside it; past the caches where
 /// asked, which takes whole vectors at aligned places.
 template <class W>
@@ -21,12 +33,8 @@ struct StoreSink {
     auto* target = out + place[row] + col;
     past_caches ? stream(target, value) : store(target, value);
   }
-  __attribute__((noinline)) void edge(int64_t row, int64_t col, typename W::Vector value) {
-    typename W::Scalar lanes[W::kLanes];
-    store(lanes, value);
-    for (int i = 0; i < W::kLanes; ++i) {
-      if (col + i >= 0 && col + i < cols) out[place[row] + col + i] = lanes[i];
-    }
+  HFH_HOST_DEVICE void edge(int64_t row, int64_t col, typename W::Vector value) {
+    store_edge(out + place[row], col, cols, value);
   }
   HFH_HOST_DEVICE void row_done(int64_t) {}
 };

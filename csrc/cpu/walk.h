@@ -57,12 +57,15 @@ struct LocalTheta {
 
 /// The logical rows of a tile: neighbours from `first` on.
 struct NeighbouringRows {
+  static constexpr int kVectorsAtOnce = 1;  // of blocks, drawn for together
   uint32_t first;
   HFH_HOST_DEVICE uint32_t operator[](int64_t i) const { return first + static_cast<uint32_t>(i); }
 };
 
 /// The logical rows of a tile, in any order, and perhaps some that come after.
 struct ListedRows {
+  // The steps of a hash wait for each other: two vectors fill each other's gaps.
+  static constexpr int kVectorsAtOnce = 2;
   const uint32_t* rows;
   int64_t count;
   HFH_HOST_DEVICE uint32_t operator[](int64_t i) const { return rows[i]; }
@@ -97,64 +100,85 @@ HFH_HOST_DEVICE Uint window_bases(Uint row, const HashParams& params) {
   return load<Uint>(lanes);
 }
 
-/// The blocks of listed rows, kLanes at a time. Past the last row it repeats.
-template <class W>
-struct BlockList {
-  ListedRows rows;
-  uint32_t first_block, num_blocks;
-  int64_t row = 0;
-  uint32_t block = 0;
-  alignas(64) uint32_t row_lanes[W::kLanes];
-  alignas(64) uint32_t block_lanes[W::kLanes];
+/// The keys of the blocks of listed rows, some vectors at a time. Past the last row it repeats.
+template <class W, int kVectors>
+class KeyList {
+ public:
+  using Uint = typename W::Uint;
+  struct Keys {
+    Uint key[kVectors], base[kVectors];  // base: see `window_base`
+  };
 
-  BlockList(ListedRows rows, uint32_t first_block, uint32_t num_blocks)
-      : rows(rows), first_block(first_block), num_blocks(num_blocks) {}
-
-  HFH_HOST_DEVICE void take() {
-    for (int lane = 0; lane < W::kLanes; ++lane) {
-      row_lanes[lane] = rows[row];
-      block_lanes[lane] = first_block + block;
-      if (++block < num_blocks) continue;
-      block = 0;
-      if (row + 1 < rows.count) ++row;
-    }
+  KeyList(ListedRows rows, HashParams params, uint32_t first_block, uint32_t num_blocks)
+      : rows_(rows), params_(params), first_block_(first_block), num_blocks_(num_blocks) {
+    const Uint lane = count_from<Uint>(0);
+    place_ = lane / num_blocks;
+    block_ = lane - place_ * num_blocks;
+    take();
   }
+
+  /// Keys that an earlier call computed: what follows from them need not wait.
+  HFH_HOST_DEVICE Keys take() {
+    const Keys taken = next_;
+    for (int v = 0; v < kVectors; ++v, advance()) {
+      const uint32_t last = static_cast<uint32_t>(rows_.count - 1);
+      const Uint row = gather_uint(rows_.rows, place_ < last ? place_ : splat_uint<Uint>(last));
+      next_.key[v] = weight_key(row_key(row, params_.seed), block_ + first_block_);
+      if (params_.rows_per_window != 0) next_.base[v] = window_bases(row, params_);
+    }
+    return taken;
+  }
+
+ private:
+  HFH_HOST_DEVICE void advance() {
+    block_ += W::kLanes % num_blocks_;
+    place_ += W::kLanes / num_blocks_;
+    const auto ends = block_ >= num_blocks_;
+    place_ = ends ? place_ + 1 : place_;
+    block_ = ends ? block_ - num_blocks_ : block_;
+  }
+
+  ListedRows rows_;
+  HashParams params_;
+  uint32_t first_block_, num_blocks_;
+  Uint place_, block_;  // of each lane: which of the rows, and the block from the first on
+  Keys next_ = {};
 };
 
-/// The draws of kLanes blocks.
-template <class W>
+/// The draws of some vectors of blocks and of as many that come next: a ring.
+template <class W, int kVectorsAtOnceT>
 struct BlockDraws {
   using Uint = typename W::Uint;
-  alignas(64) uint32_t offset[W::kHashesBound][W::kLanes];  // of the block's first element
-  alignas(64) uint32_t sign[W::kHashesBound][W::kLanes];
+  static constexpr int kAtOnce = kVectorsAtOnceT * W::kLanes, kCount = 2 * kAtOnce;
+  alignas(64) uint32_t offset[W::kHashesBound][kCount];  // of the block's first element
+  alignas(64) uint32_t sign[W::kHashesBound][kCount];
 
-  /// Of consecutive blocks of one row. Not inlined: its constants would take the registers of the
-  /// loop over the weights.
-  __attribute__((noinline)) void compute(const typename W::Shape& shape, const HashParams& params,
-                                         uint32_t row_key, uint32_t base, uint32_t first_block) {
+  /// Of consecutive blocks of one row, from `lane` on. Not inlined: its constants would take the
+  /// registers of the loop over the weights.
+  __attribute__((noinline)) void compute(const typename W::Shape& shape, HashParams params,
+                                         uint32_t row_key, uint32_t base, uint32_t first_block,
+                                         int lane) {
     compute(shape, params, weight_key(splat_uint<Uint>(row_key), count_from<Uint>(first_block)),
-            base);
+            base, lane);
   }
 
   /// Of the next of a list; not inlined either.
-  __attribute__((noinline)) void compute(const typename W::Shape& shape, const HashParams& params,
-                                         BlockList<W>& list) {
-    list.take();
-    const Uint row = load<Uint>(list.row_lanes);
-    const Uint key = weight_key(row_key(row, params.seed), load<Uint>(list.block_lanes));
-    Uint base = {};
-    if (params.rows_per_window != 0) base = window_bases(row, params);
-    compute(shape, params, key, base);
+  __attribute__((noinline)) void compute(const typename W::Shape& shape, HashParams params,
+                                         KeyList<W, kVectorsAtOnceT>& list, int lane) {
+    const auto keys = list.take();
+    for (int v = 0; v < kVectorsAtOnceT; ++v) {
+      compute(shape, params, keys.key[v], keys.base[v], lane + v * W::kLanes);
+    }
   }
 
  private:
   template <class Base>
   HFH_HOST_DEVICE void compute(const typename W::Shape& shape, const HashParams& params, Uint key,
-                               Base base) {
+                               Base base, int lane) {
     for (int u = 0; u < shape.num_hashes(); ++u) {
       const Draw<Uint> one = draw(key, hash_lane(u), base, params);
-      store(offset[u], one.slot << params.log2_block);
-      store(sign[u], one.sign);
+      store(offset[u] + lane, one.slot << params.log2_block);
+      store(sign[u] + lane, one.sign);
     }
   }
 };
@@ -174,11 +198,16 @@ struct BlockRange {
     num_blocks = static_cast<uint32_t>((end - 1) >> weight.hash.log2_block) - first_block + 1;
     num_groups = (num_blocks + W::kLanes - 1) / W::kLanes;
   }
+
+  bool is_whole(const HashParams& params) const {
+    return ((begin | end) & (params.block() - 1)) == 0;
+  }
 };
 
 /// What a range takes of one block: elements [phase, stop), the first of them at column `col` of
 /// the tile, below 0 at a ragged start.
 struct BlockPart {
+  static constexpr bool kWhole = false;
   uint32_t phase, stop;
   int64_t col;
 
@@ -192,9 +221,22 @@ struct BlockPart {
   }
 };
 
-/// Visits the tile row by row, blocks in order. `prepare(draws)` sees each group of draws before
-/// its blocks; `visit(row, col, draws, lane, ahead, ahead_lane, phase, stop)` sees each block, as a
-/// `BlockPart` has it, and one that comes later, whose lines can be prefetched.
+/// The same of a range of whole blocks; of two vectors each, or of any number.
+template <class W, bool kTwoVectors>
+struct WholeBlock {
+  static constexpr bool kWhole = true;
+  static constexpr uint32_t phase = 0;
+  uint32_t stop;
+  int64_t col;
+
+  HFH_HOST_DEVICE WholeBlock(const BlockRange<W>& range, const HashParams& params, uint32_t block)
+      : stop(kTwoVectors ? 2 * W::kLanes : params.block()),
+        col(static_cast<int64_t>(block - range.first_block) * stop) {}
+};
+
+/// Visits the tile row by row, blocks in order. `prepare(draws, lane)` sees each vector of draws
+/// before its blocks; `visit(row, part, draws, lane, ahead)` sees each block, of which the range
+/// takes `part`, and the lane of one that comes later, whose lines can be prefetched.
 template <class W, class Draws, class Prepare, class Visit, class RowDone>
 HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::Shape& shape,
                                  NeighbouringRows rows, const Tile& tile, const Prepare& prepare,
@@ -203,31 +245,30 @@ HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::
   const BlockRange<W> range(weight, tile);
   const uint32_t first_row = rows.first;
 
-  Draws buffer[2];
+  Draws draws;
   uint32_t key = row_key(first_row, params.seed), base = window_base(first_row, params);
-  buffer[0].compute(shape, params, key, base, range.first_block);
-  prepare(buffer[0]);
+  draws.compute(shape, params, key, base, range.first_block, 0);
+  prepare(draws, 0);
   int current = 0;
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int group = 0; group < range.num_groups; ++group) {
       const uint32_t first = range.first_block + group * W::kLanes;
-      const Draws& draws = buffer[current];
-      Draws& next = buffer[1 - current];
+      const int next = W::kLanes - current;
       const bool row_ends = group + 1 == range.num_groups;
       if (row_ends) {
         const uint32_t next_row = first_row + static_cast<uint32_t>(row) + 1;
         key = row_key(next_row, params.seed);
         base = window_base(next_row, params);
       }
-      next.compute(shape, params, key, base, row_ends ? range.first_block : first + W::kLanes);
-      prepare(next);
+      draws.compute(shape, params, key, base, row_ends ? range.first_block : first + W::kLanes,
+                    next);
+      prepare(draws, next);
       const uint32_t blocks_left = range.num_blocks - group * W::kLanes;
       const int blocks = blocks_left < W::kLanes ? static_cast<int>(blocks_left) : W::kLanes;
       for (int lane = 0; lane < blocks; ++lane) {
-        const BlockPart part(range, params, first + lane);
-        visit(row, part.col, draws, lane, next, lane, part.phase, part.stop);
+        visit(row, BlockPart(range, params, first + lane), draws, current + lane, next + lane);
       }
-      current = 1 - current;
+      current = next;
     }
     row_done(row);
   }
@@ -243,32 +284,34 @@ HFH_HOST_DEVICE void walk_blocks(const VirtualWeight& weight, const typename W::
   // More would crowd the tile that is being written out of the first-level cache.
   constexpr int kBlocksAhead = W::kLanes / 4;
   const BlockRange<W> range(weight, tile);
-  BlockList<W> list(rows, range.first_block, range.num_blocks);
-  Draws buffer[2];
-  buffer[0].compute(shape, params, list);
-  prepare(buffer[0]);
-  int current = 0;
-  int64_t row = 0;
-  uint32_t block = 0;
-  for (int64_t left = tile.rows * range.num_blocks; left > 0; left -= W::kLanes) {
-    const Draws& draws = buffer[current];
-    Draws& next = buffer[1 - current];
-    next.compute(shape, params, list);
-    prepare(next);
-    const int count = left < W::kLanes ? static_cast<int>(left) : W::kLanes;
-    for (int lane = 0; lane < count; ++lane) {
-      const BlockPart part(range, params, range.first_block + block);
-      const int later = lane + kBlocksAhead;
-      visit(row, part.col, draws, lane, later < W::kLanes ? draws : next, later % W::kLanes,
-            part.phase, part.stop);
-      if (++block == range.num_blocks) {
-        row_done(row);
-        block = 0;
-        ++row;
+  const auto walk = [&]<class Part>(const Part*) __attribute__((always_inline)) {
+    KeyList<W, ListedRows::kVectorsAtOnce> list(rows, params, range.first_block, range.num_blocks);
+    Draws draws;
+    const auto draw_next = [&](int lane) {
+      draws.compute(shape, params, list, lane);
+      for (int v = 0; v < Draws::kAtOnce; v += W::kLanes) prepare(draws, lane + v);
+    };
+    draw_next(0);
+    int lane = 0;
+    int64_t row = 0;
+    uint32_t block = range.first_block;
+    for (int64_t left = tile.rows * range.num_blocks; left > 0; left -= Draws::kAtOnce) {
+      draw_next(Draws::kAtOnce - lane);
+      const int end = lane + static_cast<int>(left < Draws::kAtOnce ? left : Draws::kAtOnce);
+      for (; lane < end; ++lane) {
+        visit(row, Part(range, params, block), draws, lane, (lane + kBlocksAhead) % Draws::kCount);
+        if (++block == range.first_block + range.num_blocks) {
+          row_done(row);
+          block = range.first_block;
+          ++row;
+        }
       }
+      lane %= Draws::kCount;
     }
-    current = 1 - current;
-  }
+  };
+  if (!range.is_whole(params)) return walk(static_cast<BlockPart*>(nullptr));
+  params.block() == 2 * W::kLanes ? walk(static_cast<WholeBlock<W, true>*>(nullptr))
+                                  : walk(static_cast<WholeBlock<W, false>*>(nullptr));
 }
 
 /// Draws and signed pool elements of kLanes neighbouring columns, one hash a lane.

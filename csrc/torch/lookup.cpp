@@ -13,8 +13,9 @@ namespace {
 
 using cpu::kernels;
 
-// What a RowReader holds at once fits the first-level cache beside what is made of it.
-constexpr int64_t kReaderBytes = 1 << 15;
+// What a RowReader holds at once: little beside a second-level cache. With less, the start of each
+// look-up shows.
+constexpr int64_t kReaderBytes = 1 << 16;
 constexpr int64_t kReaderCols = 512;
 constexpr int64_t kReaderEntries = 512;
 

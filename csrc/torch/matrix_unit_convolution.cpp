@@ -146,17 +146,21 @@ class Pass {
 
   /// Sums start at the bias.
   void start_sums(float* target, int64_t num_images, int64_t row, int64_t rows) const {
-    const auto value = [&](int64_t i) { return bias_ == nullptr ? 0.0f : bias_[row + i]; };
     const int64_t pixels = target_.height * target_.width;
     for (int64_t image = 0; image < num_images; ++image) {
       float* sums = target + image * target_.image_step + row * target_.channel_step;
       if (target_.pixel_step == 1) {
         for (int64_t i = 0; i < rows; ++i) {
-          std::fill_n(sums + i * target_.channel_step, pixels, value(i));
+          const float value = bias_ == nullptr ? 0.0f : bias_[row + i];
+          std::fill_n(sums + i * target_.channel_step, pixels, value);
         }
       } else {
-        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-          for (int64_t i = 0; i < rows; ++i) sums[pixel * target_.pixel_step + i] = value(i);
+        for (int64_t pixel = 0; pixel < pixels; ++pixel, sums += target_.pixel_step) {
+          if (bias_ == nullptr) {
+            std::fill_n(sums, rows, 0.0f);
+          } else {
+            std::copy_n(bias_ + row, rows, sums);
+          }
         }
       }
     }

@@ -18,8 +18,11 @@ class ConvolutionGradient {
   int64_t tile_cols() const { return tile_channels_ * num_taps(); }
   /// Chooses the columns of the tiles to come. Not to be called in a parallel region.
   void select_columns(int64_t col, int64_t cols);
-  /// Returns whether all of the tile is finite.
+  /// out[rows, cols] = grad_output[row:row + rows] input[the columns selected]. Returns whether all
+  /// of it is finite.
   bool multiply(int64_t row, int64_t rows, float* out, int64_t stride) const;
+  /// Adds to `out` instead; for kernels of one tap.
+  bool add_product(int64_t row, int64_t rows, float* out, int64_t stride) const;
 
   /// Images to take at a time, for what is packed of them to stay in cache.
   static int64_t images_at_once(const Convolution& convolution, const at::Tensor& input);
@@ -27,6 +30,8 @@ class ConvolutionGradient {
  private:
   static int64_t tile_channels(const Convolution& convolution, const at::Tensor& input);
   int64_t num_taps() const { return static_cast<int64_t>(taps_.size()); }
+  /// Adds to sums[i * stride + col] or, transposed, to sums[col * stride + i].
+  bool add(int64_t row, int64_t rows, float* sums, int64_t stride, bool is_transposed) const;
 
   cpu::PaddedImages input_, grad_output_;
   std::vector<int64_t> taps_;

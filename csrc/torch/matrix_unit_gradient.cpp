@@ -54,25 +54,40 @@ void ConvolutionGradient::select_columns(int64_t col, int64_t cols) {
 }
 
 bool ConvolutionGradient::multiply(int64_t row, int64_t rows, float* out, int64_t stride) const {
+  const int64_t cols = channels_ * num_taps();
+  if (num_taps() == 1) {
+    for (int64_t i = 0; i < rows; ++i) std::fill_n(out + i * stride, cols, 0.0f);
+    return add_product(row, rows, out, stride);
+  }
+  // Transposed: the sums of a tile, which are of one tap, lie apart in the weight's rows.
+  auto* sums = static_cast<float*>(Scratch<Purpose::kPositions>::get(rows * cols * sizeof(float)));
+  std::fill_n(sums, rows * cols, 0.0f);
+  const bool finite = add(row, rows, sums, rows, true);
+  kernels().matrix_unit->transpose(sums, cols, rows, out, stride);
+  return finite;
+}
+
+bool ConvolutionGradient::add_product(int64_t row, int64_t rows, float* out, int64_t stride) const {
+  return add(row, rows, out, stride, false);
+}
+
+bool ConvolutionGradient::add(int64_t row, int64_t rows, float* sums, int64_t stride,
+                              bool is_transposed) const {
   const MatrixUnit& unit = *kernels().matrix_unit;
   const int64_t steps_of_image = ceil_divide(grad_output_.image_pixels(), MatrixUnit::kStep);
   const int64_t at_once =
       std::clamp(kGradientSteps / steps_of_image, int64_t{1}, grad_output_.num_images);
   const int64_t depth = at_once * steps_of_image * MatrixUnit::kStep;
-  const int64_t cols = channels_ * num_taps();
-  const int64_t packed_bytes = MatrixUnit::packed_bytes(rows, depth);
-  auto* packed = static_cast<char*>(
-      Scratch<Purpose::kPanels>::get(packed_bytes + rows * cols * sizeof(float)));
-  // Transposed: the sums of a tile, which are of one tap, lie apart in the weight's rows.
-  auto* sums = reinterpret_cast<float*>(packed + packed_bytes);
-  std::fill_n(sums, rows * cols, 0.0f);
+  auto* packed =
+      static_cast<char*>(Scratch<Purpose::kPanels>::get(MatrixUnit::packed_bytes(rows, depth)));
   const int64_t tile_bytes = MatrixUnit::packed_bytes(input_);
+  const int64_t col_step = is_transposed ? stride : 1;
   std::vector<MatrixUnit::Tile> tiles;
   for (int64_t tap = 0; tap < num_taps(); ++tap) {
     for (int64_t channel = 0; channel < channels_; channel += MatrixUnit::kTile) {
       const int64_t lanes = std::min(MatrixUnit::kTile, channels_ - channel);
       tiles.push_back({channel / MatrixUnit::kTile * tile_bytes + taps_[tap] * kPixelBytes,
-                       (channel * num_taps() + tap) * rows,
+                       (channel * num_taps() + tap) * col_step,
                        static_cast<uint16_t>((1 << lanes) - 1)});
     }
   }
@@ -104,15 +119,14 @@ bool ConvolutionGradient::multiply(int64_t row, int64_t rows, float* out, int64_
                                 static_cast<int64_t>(tiles.size()) * MatrixUnit::kTile,
                                 size,
                                 sums,
-                                num_taps() * rows,
-                                true,
+                                is_transposed ? num_taps() * stride : stride,
+                                is_transposed,
                                 &operand};
     unit.start(product);
     unit.advance(product, product.steps_left);
     finite = finite && product.finite;
   }
   unit.release();
-  unit.transpose(sums, cols, rows, out, stride);
   return finite;
 }
 

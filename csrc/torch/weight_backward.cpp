@@ -7,6 +7,7 @@
 #include "torch/matrix_unit.h"
 #include "torch/matrix_unit_convolution.h"
 #include "torch/panels.h"
+#include "torch/parallel.h"
 #include "torch/pool_gradient.h"
 #include "torch/slot_products.h"
 
@@ -115,6 +116,56 @@ class ConvolutionProduct {
 
  private:
   ConvolutionGradient unit_;
+  std::atomic<bool> finite_ = true;
+};
+
+/// The same of a 1 x 1 convolution of many images: summed over all of them before what follows,
+/// which would else be done for each stretch of images.
+class SummedConvolution {
+ public:
+  SummedConvolution(const Convolution& convolution, const at::Tensor& grad_output,
+                    const at::Tensor& input)
+      : convolution_(convolution),
+        grad_output_(grad_output),
+        input_(input),
+        sum_(at::empty({grad_output.size(1), input.size(1)}, at::dtype(at::kFloat))) {}
+
+  static bool fits(const Convolution& convolution, const at::Tensor& input) {
+    const auto& kernel = convolution.kernel_size;
+    return kernel[0] * kernel[1] == 1 && convolution.out_channels * input.size(1) <= kSumElements;
+  }
+
+  at::ScalarType dtype() const { return at::kFloat; }
+  int64_t tile_cols() const { return input_.size(1); }
+  bool is_product() const { return false; }
+  void select_columns(int64_t col, int64_t cols) {
+    const Matrix sum = matrix_of(sum_.zero_());
+    const int64_t at_once = ConvolutionGradient::images_at_once(convolution_, input_);
+    for (int64_t image = 0; image < input_.size(0); image += at_once) {
+      const int64_t count = std::min(at_once, input_.size(0) - image);
+      ConvolutionGradient part(convolution_, grad_output_.narrow(0, image, count),
+                               input_.narrow(0, image, count));
+      part.select_columns(col, cols);
+      parallel_stretches(sum_.size(0), kTileRows, [&](int64_t begin, int64_t end) {
+        const Matrix rows = sum.slice(begin, end - begin, 0, cols);
+        if (!part.add_product(begin, end - begin, static_cast<float*>(rows.data),
+                              rows.row_stride)) {
+          finite_ = false;
+        }
+      });
+    }
+  }
+  Matrix tile(const TileBounds& tile, at::Tensor&) {
+    return matrix_of(sum_).slice(tile.row, tile.rows, tile.col, tile.cols);
+  }
+  bool finite() const { return finite_; }
+
+ private:
+  // A megabyte.
+  static constexpr int64_t kSumElements = 1 << 18;
+
+  const Convolution& convolution_;
+  at::Tensor grad_output_, input_, sum_;
   std::atomic<bool> finite_ = true;
 };
 
@@ -229,6 +280,11 @@ bool add_matrix_unit_backward_weight(const Convolution& convolution, const Check
                                      const at::Tensor& grad_output, const at::Tensor& input,
                                      WeightGradients& sum) {
   const int64_t at_once = ConvolutionGradient::images_at_once(convolution, input);
+  if (at_once < input.size(0) && SummedConvolution::fits(convolution, input)) {
+    SummedConvolution source(convolution, grad_output, input);
+    add_backward(weight, source, sum);
+    return source.finite();
+  }
   for (int64_t image = 0; image < input.size(0); image += at_once) {
     const int64_t count = std::min(at_once, input.size(0) - image);
     ConvolutionProduct source(
