@@ -75,6 +75,7 @@ class Compiled:
     async_copies: int
     """Asynchronous copies of 16 bytes in that loop."""
     tensor_instructions: int
+    """In the whole kernel."""
 
 
 def launches(call: Callable[[], Any], device: tuning.Device) -> list[Launch]:
@@ -141,7 +142,7 @@ def compile_launch(launch: Launch, call: str, arch: int) -> Compiled:
     sass, usage = _disassembled(compiled.asm["cubin"])
     instructions, body = _longest_loop(sass)
     registers, stack = (_number(name, usage) for name in ("REG", "STACK"))
-    kinds = collections.Counter(_opcode(instruction) for instruction in body)
+    kinds = collections.Counter(_opcode(instruction) for instruction in instructions)
     tiles = {key.removeprefix("TILE_").lower(): launch.keywords[key] for key in launch.keywords
              if key.startswith("TILE_")}  # fmt: skip
     return Compiled(
