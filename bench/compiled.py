@@ -26,14 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bench.shapes import GPU_LINEARS, GPULinear
+from bench.shapes import GPU_LINEARS, PLAIN, GPULinear
 from hfh_kernels.functional.weight import weight_fields
 from hfh_kernels.ops import tuning
 from hfh_kernels.ops.linear import triton as linear_triton
 
 RESULTS = Path(__file__).parent / "results"
-PLAIN = "U4 depth 2, block 32, bf16"
-"""What is compiled for every architecture; the rest for the H200's."""
 DEVICES = {
     80: tuning.Device("sm80", 108, 163 * 1024),
     90: tuning.Device("sm90", 132, 227 * 1024),
@@ -263,6 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="for the H200 alone, write nothing")
     options = parser.parse_args()
+    # The plain kind for every architecture, the rest for the H200's.
     rows = report(all_calls(), (90,))
     if not options.quick:
         others = tuple(arch for arch in DEVICES if arch != 90)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.linear import RESULTS
+from bench.shapes import PLAIN
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -101,6 +102,29 @@ def embedding_table(report: dict[str, Any]) -> str:
     )
 
 
+def compiled_table(report: dict[str, Any]) -> str:
+    """The kernels for one kind of layer on the H200, smallest and largest tiles."""
+    lines = [
+        "| kernel, sm_90, bfloat16, U 4, depth 2, block 32 | registers | shared memory "
+        "| instructions a weight: in the loop | in all |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        if (
+            row["arch"] != 90
+            or PLAIN not in row["call"]
+            or re.search("batch (64|128)$", row["call"])
+        ):
+            continue
+        operator, layer = row["call"].split(" ", 1)
+        detail = layer.rsplit(", ", 1)[1] if "batch" in layer else layer.split(",")[0]
+        lines.append(
+            f"| `{operator}`, {detail} | {row['registers']} | {row['shared_bytes'] // 1024} KiB "
+            f"| {row['loop_instructions']:.0f} | {row['instructions']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def demo_text(report: dict[str, Any]) -> str:
     """The demo's two tables."""
     settings, results = report["settings"], report["accuracy"]
@@ -173,6 +197,8 @@ def main() -> None:
     for lookups in RESULTS.glob("embedding-*.json"):
         text = replace_block(text, "embedding", embedding_table(json.loads(lookups.read_text())))
     text = replace_block(text, "demo", demo_text(json.loads((RESULTS / "demo.json").read_text())))
+    compiled = json.loads((RESULTS / "compiled.json").read_text())
+    text = replace_block(text, "compiled", compiled_table(compiled))
     README.write_text(text)
 
 

@@ -249,6 +249,10 @@ GPU_LINEARS = (
 """The last is HashedNets."""
 
 
+PLAIN = "U4 depth 2, block 32, bf16"
+"""The kind of layer, by name, that every table of compiled kernels has."""
+
+
 @dataclasses.dataclass(frozen=True)
 class GPUImages:
     """A 3 x 3 convolution that keeps the images' size: bfloat16, U 4, depth 2, block 32, 1/16."""

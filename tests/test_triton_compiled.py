@@ -13,8 +13,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, and the interpreter does not", allow_module_level=True)
 
 from bench import compiled
+from bench.shapes import PLAIN
 
-CALLS = {name: call for name, call in compiled.all_calls().items() if compiled.PLAIN in name}
+CALLS = {name: call for name, call in compiled.all_calls().items() if PLAIN in name}
 SMALLEST, LARGEST = (f"batch {rows}" for rows in (16, 256))
 CASES = [
     *[(name, 90) for name in CALLS if name.endswith((SMALLEST, LARGEST)) or "linear" not in name],
