@@ -58,6 +58,11 @@ DEFAULTS: dict[tuple[str, str], Tiles] = {
     ("linear_backward_weight", "large"): Tiles(64, 64, 64, 4, 3),
     ("materialize", "any"): Tiles(1, 32, 128, 4, 1),
     ("materialize_backward", "any"): Tiles(1, 32, 64, 4, 1),
+    ("embedding", "any"): Tiles(1, 16, 128, 4, 1),
+    ("embedding_backward", "any"): Tiles(1, 16, 128, 4, 1),
+    ("embedding_bag", "any"): Tiles(1, 1, 128, 1, 1),
+    ("embedding_bag_backward", "any"): Tiles(1, 16, 128, 4, 1),
+    ("embedding_bag_backward", "max"): Tiles(1, 16, 128, 4, 1),
 }
 """By kernel and regime, where TABLE has nothing."""
 
@@ -186,3 +191,8 @@ def num_parts(programs: int, steps: int, device: Device) -> int:
     while parts < 16 and programs * parts < 2 * device.processors and steps >= 4 * parts:
         parts *= 2
     return parts
+
+
+def num_programs(tiles: int, device: Device) -> int:
+    """How many programs share so many tiles: those that run at once twice over, at most."""
+    return min(tiles, 16 * device.processors)
