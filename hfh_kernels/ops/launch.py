@@ -130,9 +130,9 @@ class Sum:
             self._bound = 2 * bound()
             exponent = 62 - num_terms.bit_length() - torch.frexp(self._bound).exponent
             self.units = torch.ldexp(torch.ones_like(self._bound), exponent.clamp(-120, 120))
-            self.total = torch.zeros_like(like, dtype=torch.int64)
+            self.total = like.new_zeros(like.shape, dtype=torch.int64)
         else:
-            self.total = self.units = torch.zeros_like(like, dtype=torch.float32)
+            self.total = self.units = like.new_zeros(like.shape, dtype=torch.float32)
 
     def result(self) -> Tensor:
         """The gradient in its dtype."""

@@ -349,7 +349,7 @@ def add_gradient(pointers, values, mask, units, FIXED_POINT: tl.constexpr):
 
 @triton.jit
 def _gather_backward(weight, theta, gradients, offsets, negatives, grad, mask):
-    """Adds to the gradients, given V's and what is behind it, see draws."""
+    """Adds to the gradients, given V's and what is behind it, see draws; returns V."""
     elements = _gather(weight, offsets, negatives)
     grad = tl.reshape(grad, elements[0].shape)
     grad_elements = _reconstruct_backward(weight, theta, gradients, elements, grad)
@@ -358,6 +358,7 @@ def _gather_backward(weight, theta, gradients, offsets, negatives, grad, mask):
         add_gradient(
             gradients.pool + offsets[u], values, mask, gradients.units, gradients.FIXED_POINT
         )
+    return _reconstruct(weight, theta, elements)
 
 
 @triton.jit
@@ -371,12 +372,16 @@ def virtual_tile_backward(
         grad: of V, float32 [R, COLS], zero at what is not part of V.
         rows: bool [R], those whose grad is not all zeros: the others then add nothing to the pool's
             gradient instead of zeros. None for all.
+
+    Returns:
+        What virtual_tile does; it costs nothing where it is not used.
     """
     blocks, inner = _columns(weight, first_col, COLS)
     offsets, negatives = draws(weight, keys, bases, blocks, inner)
     if rows is not None:
         rows = rows[:, None, None]
-    _gather_backward(weight, theta, gradients, offsets, negatives, grad, rows)
+    values = _gather_backward(weight, theta, gradients, offsets, negatives, grad, rows)
+    return tl.reshape(values, (keys.shape[0], COLS))
 
 
 @triton.jit

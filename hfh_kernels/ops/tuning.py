@@ -59,10 +59,10 @@ DEFAULTS: dict[tuple[str, str], Tiles] = {
     ("materialize", "any"): Tiles(1, 32, 128, 4, 1),
     ("materialize_backward", "any"): Tiles(1, 32, 64, 4, 1),
     ("embedding", "any"): Tiles(1, 16, 128, 4, 1),
-    ("embedding_backward", "any"): Tiles(1, 16, 128, 4, 1),
+    ("embedding_backward", "any"): Tiles(1, 4, 128, 2, 1),
     ("embedding_bag", "any"): Tiles(1, 1, 128, 1, 1),
-    ("embedding_bag_backward", "any"): Tiles(1, 16, 128, 4, 1),
-    ("embedding_bag_backward", "max"): Tiles(1, 16, 128, 4, 1),
+    ("embedding_bag_backward", "any"): Tiles(1, 4, 128, 2, 1),
+    ("embedding_bag_backward", "max"): Tiles(1, 4, 128, 4, 1),
 }
 """By kernel and regime, where TABLE has nothing."""
 

@@ -109,10 +109,9 @@ def column_tile(start, cols, TILE_K: tl.constexpr):
 
 
 @triton.jit
-def table_tile(table, weight, theta, ranks, kept, start, cols, TILE_K: tl.constexpr):
-    """Rows of the table at the columns from start on, float32 [N, TILE_K]; zeros where not kept."""
-    keys, bases = hash_rows(weight, logical_rows(weight, ranks))
-    rows = virtual_tile(weight, theta, keys, bases, first_col(weight, start), TILE_K)
+def _with_dense(table, virtual, ranks, kept, start, cols, TILE_K: tl.constexpr):
+    """Rows of the table, where those of the virtual weight are known; zeros where not kept."""
+    rows = virtual
     if table.HAS_DENSE:
         is_dense = (kept & (ranks < table.num_dense))[:, None]
         k, inside_k = column_tile(start, cols, TILE_K)
@@ -123,11 +122,22 @@ def table_tile(table, weight, theta, ranks, kept, start, cols, TILE_K: tl.conste
 
 
 @triton.jit
+def table_tile(table, weight, theta, ranks, kept, start, cols, TILE_K: tl.constexpr):
+    """Rows of the table at the columns from start on, float32 [N, TILE_K]; zeros where not kept."""
+    keys, bases = hash_rows(weight, logical_rows(weight, ranks))
+    virtual = virtual_tile(weight, theta, keys, bases, first_col(weight, start), TILE_K)
+    return _with_dense(table, virtual, ranks, kept, start, cols, TILE_K)
+
+
+@triton.jit
 def table_tile_backward(
     table, weight, theta, gradients, dense_gradient, ranks, kept, start, cols,
     TILE_K: tl.constexpr, grad,
 ):  # fmt: skip
-    """Adds to the gradients, given that of table_tile, zeros at columns that there are not."""
+    """Adds to the gradients, given that of table_tile, zeros at columns that there are not.
+
+    Returns what table_tile does; it costs nothing where it is not used.
+    """
     is_virtual = kept
     if table.HAS_DENSE:
         is_virtual = kept & (ranks >= table.num_dense)
@@ -138,10 +148,11 @@ def table_tile_backward(
             is_dense & inside_k[None, :], dense_gradient.units, gradients.FIXED_POINT,
         )  # fmt: skip
     keys, bases = hash_rows(weight, logical_rows(weight, ranks))
-    virtual_tile_backward(
+    virtual = virtual_tile_backward(
         weight, theta, gradients, keys, bases, first_col(weight, start), TILE_K,
         tl.where(is_virtual[:, None], grad, 0.0), is_virtual,
     )  # fmt: skip
+    return _with_dense(table, virtual, ranks, kept, start, cols, TILE_K)
 
 
 @triton.jit
@@ -172,7 +183,7 @@ def _embedding_bwd_kernel(
     theta = load_theta(weight)
     for tile in range(tl.program_id(0), tl.cdiv(num_entries, TILE_N) * num_k, tl.num_programs(0)):
         n = (tile // num_k).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
-        start = (tile % num_k).to(tl.int32) * TILE_K - lead
+        start = (tile % num_k) * TILE_K - lead
         k, inside_k = column_tile(start, cols, TILE_K)
         ranks, kept = look_up(table, n, n < num_entries)
         inside = kept[:, None] & inside_k[None, :]

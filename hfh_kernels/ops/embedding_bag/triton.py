@@ -141,7 +141,7 @@ def _embedding_bag_bwd_kernel(
     parts = 1 if bags.WEIGHTED else num_k
     theta = load_theta(weight)
     for tile in range(tl.program_id(0), num_n * parts, tl.num_programs(0)):
-        entries = (tile // parts).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+        entries = tl.cast(tile // parts, tl.int64) * TILE_N + tl.arange(0, TILE_N)
         inside_n = entries < bags.num_entries
         bag, in_bag = _bag_of(bags, entries)
         ranks, kept = look_up(table, entries, inside_n & in_bag)
@@ -157,13 +157,12 @@ def _embedding_bag_bwd_kernel(
             inside = kept[:, None] & inside_k[None, :]
             g = tl.load(grad + bag[:, None] * cols + k[None, :], mask=inside, other=0.0)
             g = g.to(tl.float32)
-            if bags.WEIGHTED:
-                rows = table_tile(table, weight, theta, ranks, kept, start, cols, TILE_K)
-                grad_factor += tl.sum(rows * g, 1)
-            table_tile_backward(
+            rows = table_tile_backward(
                 table, weight, theta, gradients, dense_gradient, ranks, kept, start, cols, TILE_K,
                 g * factors[:, None],
             )  # fmt: skip
+            if bags.WEIGHTED:
+                grad_factor += tl.sum(rows * g, 1)
         if bags.WEIGHTED:
             tl.store(grad_factors + entries, grad_factor, mask=inside_n)
 
