@@ -302,17 +302,17 @@ BAGS = [
 ]
 
 
-def operator_calls(sample: Sample) -> dict[str, tuple[Any, ...]]:
+def operator_calls(sample: Sample, mode: str = "sum") -> dict[str, tuple[Any, ...]]:
     """The operators' arguments for a table that is `sample`'s weight, half of it dense."""
     rows, cols, weight = sample.out_features, sample.in_features, sample.weight
     arguments = sample.arguments()
     indices = torch.arange(2 * rows).view(2, rows) % max(1, rows)
     offsets = torch.tensor([0, rows // 2, rows // 2])
     dense = torch.randn(rows // 2, cols).to(sample.pool_dtype)
-    factors = torch.randn(2 * rows).to(sample.pool_dtype)
+    factors = torch.randn(2 * rows).to(sample.pool_dtype) if mode == "sum" else None
     grad = torch.randn(2, rows, cols).to(sample.pool_dtype)
     bag_grad = torch.randn(3, cols).to(sample.pool_dtype)
-    winners = torch.empty((0, cols), dtype=torch.int64)
+    winners = torch.randint(-1, max(1, rows), (3 if mode == "max" else 0, cols))
     table = arguments.pool, arguments.theta, dense, torch.arange(rows).flip(0)
     leaves = [x.clone().requires_grad_() for x in table[:3]]
     padding = min(1, rows - 1)
@@ -322,10 +322,11 @@ def operator_calls(sample: Sample) -> dict[str, tuple[Any, ...]]:
         "embedding": (indices, *differentiable, rows, cols, padding, *weight),
         "embedding_backward": (grad, indices, *table, rows, padding, *weight),
         "embedding_bag": (
-            flat, offsets, *differentiable, factors.clone().requires_grad_(), rows, cols, "sum",
-            False, padding, *weight,
+            flat, offsets, *differentiable,
+            None if factors is None else factors.clone().requires_grad_(),
+            rows, cols, mode, False, padding, *weight,
         ),
         "embedding_bag_backward": (
-            bag_grad, winners, flat, offsets, *table, factors, rows, "sum", False, padding, *weight,
+            bag_grad, winners, flat, offsets, *table, factors, rows, mode, False, padding, *weight,
         ),
     }  # fmt: skip

@@ -207,7 +207,7 @@ def test_out_of_range() -> None:
     assert permutation is not None
     permutation[7] = 500
     try:
-        with pytest.raises(IndexError, match="permutation must be in .* 500"):
+        with pytest.raises(IndexError, match=r"permutation must be in .* 500"):
             EVERYTHING.run(leaves, "triton", torch.tensor([7]))
     finally:
         permutation[7] = 0
