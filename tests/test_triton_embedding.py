@@ -247,7 +247,7 @@ def test_invalid(changes: dict[str, Any], error: type[Exception], message: str) 
 def test_backward_needs_a_gradient_of_the_shape() -> None:
     leaves = EVERYTHING.leaves().map(lambda tensor: tensor.to(DEVICE))
     grad = torch.ones(3, 70, device=DEVICE, dtype=FLOAT32)
-    with pytest.raises(ValueError, match=r"grad must have shape .*6, 7.* received \[3, 70\]"):
+    with pytest.raises(ValueError, match=r"grad must have .*\[2, 3\].*received \[3, 70\]"):
         torch.ops.hfh.embedding_backward(
             grad, EVERYTHING.indices().to(DEVICE), *leaves[:3], None, 500, -1, *EVERYTHING.weight
         )

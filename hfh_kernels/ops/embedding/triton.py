@@ -248,7 +248,8 @@ def embedding_backward(
     )
     if grad.shape != (*indices.shape, cols):
         raise ValueError(
-            f"grad must have shape [*{list(indices.shape)}, columns], received {list(grad.shape)}"
+            f"grad must have the shape of indices, {list(indices.shape)}, and columns behind; "
+            f"received {list(grad.shape)}"
         )
     num_entries = indices.numel()
     grad = grad.contiguous()
