@@ -33,7 +33,7 @@ from tests.test_triton_embedding import (
 from tests.triton_device import DEVICE, needs_triton
 
 pytestmark = needs_triton
-SIZES = (0, 3, 1, 0, 6, 0)
+SIZES = (0, 3, 1, 0, 8, 0)
 EVERYTHING = dataclasses.replace(LOOKUPS[1], mode="sum", weighted=True, bag_sizes=SIZES)
 MODES = (("sum", False), ("sum", True), ("mean", False), ("max", False))
 
