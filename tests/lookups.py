@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -125,13 +125,13 @@ class Lookup:
             "col_offset": self.col_offset,
             "padding_idx": self.padding_idx,
             "dense": leaves.dense,
-            "permutation": self.permutation,
+            "permutation": _beside(leaves, self.permutation),
             "backend": backend,
         }
 
     def run(self, leaves: Leaves, backend: str = "cpu", indices: Tensor | None = None) -> Tensor:
         """The embedding, or with a mode the bags."""
-        indices = self.indices() if indices is None else indices
+        indices = _beside(leaves, self.indices() if indices is None else indices)
         arguments = self.table_arguments(leaves, backend)
         if self.mode is None:
             return functional.embedding(indices, leaves.pool, leaves.theta, **arguments)
@@ -139,7 +139,7 @@ class Lookup:
             indices,
             leaves.pool,
             leaves.theta,
-            self.offsets,
+            _beside(leaves, self.offsets),
             mode=self.mode,
             per_sample_weights=leaves.per_sample_weights,
             include_last_offset=self.include_last_offset,
@@ -185,9 +185,21 @@ class Lookup:
         )
 
 
+@overload
+def _beside(leaves: Leaves, tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def _beside(leaves: Leaves, tensor: Tensor | None) -> Tensor | None: ...
+
+
+def _beside(leaves: Leaves, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(leaves.pool.device)
+
+
 def results(output: Tensor, leaves: Leaves) -> dict[str, Tensor]:
     """The output and every gradient."""
-    grad_output = grid(*output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    grad_output = grid(*output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     given = leaves.given()
     gradients = torch.autograd.grad(
         output, list(given.values()), grad_output, materialize_grads=True
@@ -195,22 +207,31 @@ def results(output: Tensor, leaves: Leaves) -> dict[str, Tensor]:
     return {"output": output.detach(), **dict(zip(given, gradients, strict=True))}
 
 
-def run(lookup: Lookup, backend: str = "cpu") -> dict[str, Tensor]:
-    leaves = lookup.leaves().require_grad()
-    return results(lookup.run(leaves, backend), leaves)
+def run(lookup: Lookup, backend: str = "cpu", device: str = "cpu") -> dict[str, Tensor]:
+    """Everything, computed on the device and brought home."""
+    leaves = lookup.leaves().map(lambda tensor: tensor.to(device)).require_grad()
+    outcome = results(lookup.run(leaves, backend), leaves)
+    return {name: result.cpu() for name, result in outcome.items()}
 
 
-def assert_matches_everything(lookup: Lookup) -> None:
-    """The kernels against the reference and against torch on the whole table, both in float64."""
-    actual = run(lookup)
+def assert_matches_reference(lookup: Lookup, backend: str, device: str) -> dict[str, Tensor]:
+    """A backend on a device against the reference in float64; returns the latter's."""
+    actual = run(lookup, backend, device)
     leaves = lookup.leaves().double().require_grad()
     expected = results(lookup.run(leaves, "reference"), leaves)
-    by_torch = results(lookup.run_torch(leaves), leaves)
     given = lookup.leaves().given()
     for name, result in actual.items():
         assert result.dtype == (lookup.dtype if name == "output" else given[name].dtype), name
         assert_matches(result, expected[name], lookup.dtype)
-        torch.testing.assert_close(expected[name], by_torch[name], rtol=1e-9, atol=1e-9)
+    return expected
+
+
+def assert_matches_everything(lookup: Lookup) -> None:
+    """The CPU's kernels against the reference, and that against torch on the whole table."""
+    expected = assert_matches_reference(lookup, "cpu", "cpu")
+    leaves = lookup.leaves().double().require_grad()
+    by_torch = results(lookup.run_torch(leaves), leaves)
+    torch.testing.assert_close(expected, by_torch, rtol=1e-9, atol=1e-9)
 
 
 LOOKUPS = [
@@ -281,17 +302,17 @@ BAGS = [
 ]
 
 
-def operator_calls(sample: Sample) -> dict[str, tuple[Any, ...]]:
+def operator_calls(sample: Sample, mode: str = "sum") -> dict[str, tuple[Any, ...]]:
     """The operators' arguments for a table that is `sample`'s weight, half of it dense."""
     rows, cols, weight = sample.out_features, sample.in_features, sample.weight
     arguments = sample.arguments()
     indices = torch.arange(2 * rows).view(2, rows) % max(1, rows)
     offsets = torch.tensor([0, rows // 2, rows // 2])
     dense = torch.randn(rows // 2, cols).to(sample.pool_dtype)
-    factors = torch.randn(2 * rows).to(sample.pool_dtype)
+    factors = torch.randn(2 * rows).to(sample.pool_dtype) if mode == "sum" else None
     grad = torch.randn(2, rows, cols).to(sample.pool_dtype)
     bag_grad = torch.randn(3, cols).to(sample.pool_dtype)
-    winners = torch.empty((0, cols), dtype=torch.int64)
+    winners = torch.randint(-1, max(1, rows), (3 if mode == "max" else 0, cols))
     table = arguments.pool, arguments.theta, dense, torch.arange(rows).flip(0)
     leaves = [x.clone().requires_grad_() for x in table[:3]]
     padding = min(1, rows - 1)
@@ -301,10 +322,11 @@ def operator_calls(sample: Sample) -> dict[str, tuple[Any, ...]]:
         "embedding": (indices, *differentiable, rows, cols, padding, *weight),
         "embedding_backward": (grad, indices, *table, rows, padding, *weight),
         "embedding_bag": (
-            flat, offsets, *differentiable, factors.clone().requires_grad_(), rows, cols, "sum",
-            False, padding, *weight,
+            flat, offsets, *differentiable,
+            None if factors is None else factors.clone().requires_grad_(),
+            rows, cols, mode, False, padding, *weight,
         ),
         "embedding_bag_backward": (
-            bag_grad, winners, flat, offsets, *table, factors, rows, "sum", False, padding, *weight,
+            bag_grad, winners, flat, offsets, *table, factors, rows, mode, False, padding, *weight,
         ),
     }  # fmt: skip

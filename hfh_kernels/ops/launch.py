@@ -117,18 +117,48 @@ def dot_precision(dtype: torch.dtype, allow_tf32: bool) -> str:
     return "tf32" if allow_tf32 else "tf32x3"
 
 
+class Sum:
+    """A gradient, while kernels add to it: zeros in float32.
+
+    Under torch.use_deterministic_algorithms it is a sum of integers, the same in any order: a term
+    is added in units so small that an int64 just holds the largest sum there can be.
+
+    Args:
+        like: a tensor of the gradient's shape, dtype and device.
+        num_terms: at most how many are added up.
+        bound: a function that gives a number, float32 [], that no term exceeds; it is called where
+            integers are summed.
+    """
+
+    def __init__(self, like: Tensor, num_terms: int, bound: Callable[[], Tensor]) -> None:
+        self._dtype = like.dtype
+        self._bound: Tensor | None = None
+        self.is_fixed_point = torch.are_deterministic_algorithms_enabled()
+        if self.is_fixed_point:
+            # Twice: products of rounded numbers may exceed that of their bounds by a little.
+            self._bound = 2 * bound()
+            exponent = 62 - num_terms.bit_length() - torch.frexp(self._bound).exponent
+            self.units = torch.ldexp(torch.ones_like(self._bound), exponent.clamp(-120, 120))
+            self.total = like.new_zeros(like.shape, dtype=torch.int64)
+        else:
+            self.total = self.units = like.new_zeros(like.shape, dtype=torch.float32)
+
+    def result(self) -> Tensor:
+        """The gradient in its dtype."""
+        total = self.total
+        if self._bound is not None:
+            total = torch.where(self._bound.isfinite(), total / self.units.double(), torch.nan)
+        return total.to(self._dtype)
+
+
 class GradientSums:
     """The gradients of pool and theta, while kernels add to them.
-
-    Under torch.use_deterministic_algorithms the pool's are sums of integers, the same in any order:
-    a gradient is added in units so small that an int64 just holds the largest sum there can be.
 
     Args:
         virtual: of the kernel.
         num_programs: along the kernel's first axis, the only one.
         num_terms: at most how many gradients of elements are added up.
-        bound: a function that gives a number, float32 [], that no gradient of V exceeds; it is
-            called where integers are summed.
+        bound: a function that gives a number, float32 [], that no gradient of V exceeds, see Sum.
     """
 
     def __init__(
@@ -138,34 +168,19 @@ class GradientSums:
         num_terms: int,
         bound: Callable[[], Tensor],
     ) -> None:
-        self._virtual = virtual
-        pool, theta = virtual.pool, virtual.theta
+        theta = virtual.theta
+        self._pool = Sum(virtual.pool, num_terms, lambda: bound() * _slope(virtual))
         self._theta = theta.new_zeros((num_programs, theta.numel()), dtype=torch.float32)
-        self._bound: Tensor | None = None
-        units: Tensor | None = None
-        if torch.are_deterministic_algorithms_enabled():
-            # Twice: products of rounded numbers may exceed that of their bounds by a little.
-            self._bound = 2 * bound() * _slope(virtual)
-            exponent = 62 - num_terms.bit_length() - torch.frexp(self._bound).exponent
-            units = torch.ldexp(torch.ones_like(self._bound), exponent.clamp(-120, 120))
-            self._pool = torch.zeros_like(pool, dtype=torch.int64)
-        else:
-            self._pool = torch.zeros_like(pool, dtype=torch.float32)
-        self._units = units
+        self._theta_dtype = theta.dtype
 
     def argument(self) -> Gradients:
         """What the kernel receives."""
-        fixed_point = self._units is not None
-        units = self._units if self._units is not None else self._theta
-        return Gradients(self._pool, self._theta, units, tl.constexpr(fixed_point))
+        pool = self._pool
+        return Gradients(pool.total, self._theta, pool.units, tl.constexpr(pool.is_fixed_point))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """The gradients of pool and theta, each in its dtype."""
-        pool = self._pool
-        if self._units is not None and self._bound is not None:
-            pool = torch.where(self._bound.isfinite(), pool / self._units.double(), torch.nan)
-        theta = self._theta.sum(0)
-        return pool.to(self._virtual.pool.dtype), theta.to(self._virtual.theta.dtype)
+        return self._pool.result(), self._theta.sum(0).to(self._theta_dtype)
 
 
 def _slope(virtual: VirtualWeight) -> Tensor:

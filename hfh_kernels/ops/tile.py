@@ -113,7 +113,7 @@ def draws(weight, keys, bases, blocks, inner):
     """What is behind each weight, by hash function.
 
     Args:
-        keys, bases: of the rows, uint32 [R], see hash_rows.
+        keys, bases: of the rows, uint32 [R], see hash_rows; [R, G] where each group has its own.
         blocks: column // BLOCK of each group, uint32 [G].
         inner: column % BLOCK, int32 [1, G, 1] or [1, 1, PER].
 
@@ -121,11 +121,13 @@ def draws(weight, keys, bases, blocks, inner):
         Offsets into the pool, tuple of int32 [R, G, PER], and which are negated, tuple of bool
         [R, G, 1].
     """
-    keys = _mix(keys[:, None] + (blocks * _GOLD)[None, :])
+    if len(keys.shape) == 1:
+        keys, bases = keys[:, None], bases[:, None]
+    keys = _mix(keys + (blocks * _GOLD)[None, :])
     offsets = ()
     negatives = ()
     for u in tl.static_range(weight.NUM_HASHES):
-        slots, negative = _draw(weight, keys, bases[:, None], u)
+        slots, negative = _draw(weight, keys, bases, u)
         offsets = offsets + ((slots * weight.BLOCK)[:, :, None] + inner,)
         negatives = negatives + (negative[:, :, None],)
     return offsets, negatives
@@ -330,6 +332,51 @@ def _reconstruct_backward(weight, theta, gradients, elements, grad):
 
 
 @triton.jit
+def add_gradient(pointers, values, mask, units, FIXED_POINT: tl.constexpr):
+    """Adds float32 values to a gradient that may be fixed-point, see Gradients."""
+    if FIXED_POINT:
+        values = (values * tl.load(units)).to(tl.int64)
+    tl.atomic_add(pointers, values, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _gather_backward(weight, theta, gradients, offsets, negatives, grad, mask):
+    """Adds to the gradients, given V's and what is behind it, see draws; returns V."""
+    elements = _gather(weight, offsets, negatives)
+    grad = tl.reshape(grad, elements[0].shape)
+    grad_elements = _reconstruct_backward(weight, theta, gradients, elements, grad)
+    for u in tl.static_range(weight.NUM_HASHES):
+        values = tl.where(negatives[u], -grad_elements[u], grad_elements[u])
+        add_gradient(
+            gradients.pool + offsets[u], values, mask, gradients.units, gradients.FIXED_POINT
+        )
+    return _reconstruct(weight, theta, elements)
+
+
+@triton.jit
+def virtual_tile_backward(
+    weight, theta, gradients, keys, bases, first_col, COLS: tl.constexpr, grad, rows=None
+):
+    """Adds to the gradients of pool and theta.
+
+    Args:
+        theta, keys, bases, first_col: of virtual_tile.
+        grad: of V, float32 [R, COLS], zero at what is not part of V.
+        rows: bool [R], those whose grad is not all zeros: the others then add nothing to the pool's
+            gradient instead of zeros. None for all.
+
+    Returns:
+        What virtual_tile does; it costs nothing where it is not used.
+    """
+    blocks, inner = _columns(weight, first_col, COLS)
+    offsets, negatives = draws(weight, keys, bases, blocks, inner)
+    if rows is not None:
+        rows = rows[:, None, None]
+    values = _gather_backward(weight, theta, gradients, offsets, negatives, grad, rows)
+    return tl.reshape(values, (keys.shape[0], COLS))
+
+
+@triton.jit
 def _halves(x):
     """The left and the right columns of x [R, COLS]."""
     pair = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
@@ -337,31 +384,32 @@ def _halves(x):
 
 
 @triton.jit
-def virtual_tile_backward(
+def wide_tile_backward(
     weight, theta, gradients, keys, bases, first_col, COLS: tl.constexpr, CHUNK: tl.constexpr, grad
 ):
-    """Adds to the gradients of pool and theta.
-
-    Args:
-        theta, keys, bases, first_col: of virtual_tile.
-        CHUNK: how many columns to take at a time, for what registers hold of each.
-        grad: of V, float32 [R, COLS], zero at what is not part of V.
-    """
+    """virtual_tile_backward, CHUNK columns at a time for what registers hold of each."""
     if COLS > CHUNK:
         HALF: tl.constexpr = COLS // 2
         left, right = _halves(grad)
-        virtual_tile_backward(weight, theta, gradients, keys, bases, first_col, HALF, CHUNK, left)
-        virtual_tile_backward(
+        wide_tile_backward(weight, theta, gradients, keys, bases, first_col, HALF, CHUNK, left)
+        wide_tile_backward(
             weight, theta, gradients, keys, bases, first_col + HALF, HALF, CHUNK, right
         )
     else:
-        blocks, inner = _columns(weight, first_col, COLS)
-        offsets, negatives = draws(weight, keys, bases, blocks, inner)
-        elements = _gather(weight, offsets, negatives)
-        grad = tl.reshape(grad, elements[0].shape)
-        grad_elements = _reconstruct_backward(weight, theta, gradients, elements, grad)
-        for u in tl.static_range(weight.NUM_HASHES):
-            values = tl.where(negatives[u], -grad_elements[u], grad_elements[u])
-            if gradients.FIXED_POINT:
-                values = (values * tl.load(gradients.units)).to(tl.int64)
-            tl.atomic_add(gradients.pool + offsets[u], values, sem="relaxed")
+        virtual_tile_backward(weight, theta, gradients, keys, bases, first_col, COLS, grad)
+
+
+@triton.jit
+def virtual_elements_backward(weight, theta, gradients, keys, bases, first_col, grad, inside):
+    """The same for neighbouring columns that have a row each.
+
+    Args:
+        keys, bases: of the rows, uint32 [R, COLS].
+        first_col: uint32, of any alignment.
+        grad: float32 [R, COLS], zero outside.
+        inside: bool [R, COLS], what is part of V.
+    """
+    cols = first_col + tl.arange(0, grad.shape[1]).to(tl.uint32)
+    inner = (cols % weight.BLOCK).to(tl.int32)[None, :, None]
+    offsets, negatives = draws(weight, keys, bases, cols // weight.BLOCK, inner)
+    _gather_backward(weight, theta, gradients, offsets, negatives, grad, inside[:, :, None])

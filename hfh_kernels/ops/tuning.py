@@ -70,6 +70,11 @@ DEFAULTS: dict[tuple[str, int], Tiles] = {
     ("linear_backward_weight", 256): Tiles(64, 128, 128, 8, 3),
     ("materialize", 0): Tiles(1, 32, 128, 4, 1),
     ("materialize_backward", 0): Tiles(1, 32, 64, 4, 1),
+    ("embedding", 0): Tiles(1, 16, 128, 4, 1),
+    ("embedding_backward", 0): Tiles(1, 4, 128, 2, 1),
+    ("embedding_bag", 0): Tiles(1, 1, 128, 1, 1),
+    ("embedding_bag_backward", 0): Tiles(1, 4, 128, 2, 1),
+    ("embedding_bag_backward_max", 0): Tiles(1, 4, 128, 4, 1),
 }
 """By kernel and regime, 0 where there are no activations; where TABLE has nothing."""
 
@@ -212,3 +217,8 @@ def num_parts(programs: int, steps: int, warps: int, device: Device) -> int:
     while 2 * parts * programs * warps <= 16 * device.processors and 8 * parts <= steps:
         parts *= 2
     return parts
+
+
+def num_programs(tiles: int, device: Device) -> int:
+    """How many programs share so many tiles: those that run at once twice over, at most."""
+    return min(tiles, 16 * device.processors)

@@ -91,6 +91,39 @@ def table_rows(
     weight: Weight,
 ) -> Tensor:
     """Rows of the table for indices [N], before they are rounded to pool's dtype."""
+    require_table(
+        indices, pool, dense, permutation, num_embeddings, embedding_dim, padding_idx, weight
+    )
+    ranks = ranks_of(indices, permutation, num_embeddings)
+    rows = virtual_rows(pool, theta, ranks, embedding_dim, weight)
+    if dense is None or dense.shape[0] == 0:
+        return rows
+    num_dense = dense.shape[0]
+    dense_rows = dense[ranks.clamp(max=num_dense - 1)].to(rows.dtype)
+    return torch.where((ranks < num_dense)[:, None], dense_rows, rows)
+
+
+def ranks_of(indices: Tensor, permutation: Tensor | None, num_embeddings: int) -> Tensor:
+    """The rows that indices stand for, int64, in the table: an IndexError where they are not."""
+    ranks = indices.to(torch.int64)
+    _require_in_range("indices", ranks, num_embeddings)
+    if permutation is not None:
+        ranks = permutation[ranks]
+        _require_in_range("permutation", ranks, num_embeddings)
+    return ranks
+
+
+def require_table(
+    indices: Tensor,
+    pool: Tensor,
+    dense: Tensor | None,
+    permutation: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    padding_idx: int,
+    weight: Weight,
+) -> None:
+    """Raise unless the arguments fit each other, as far as can be told without reading a tensor."""
     require_indices("indices", indices)
     require_same_device("indices", indices, "pool", pool)
     for name, size in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim)):
@@ -101,18 +134,10 @@ def table_rows(
         raise ValueError(
             f"padding_idx must be below num_embeddings={num_embeddings}, received {padding_idx}"
         )
-    ranks = indices.to(torch.int64)
-    _require_in_range("indices", ranks, num_embeddings)
     if permutation is not None:
         _require_permutation(permutation, num_embeddings, pool)
-        ranks = permutation[ranks]
-        _require_in_range("permutation", ranks, num_embeddings)
-    num_dense = 0 if dense is None else _require_dense(dense, pool, num_embeddings, embedding_dim)
-    rows = virtual_rows(pool, theta, ranks, embedding_dim, weight)
-    if dense is None or num_dense == 0:
-        return rows
-    dense_rows = dense[ranks.clamp(max=num_dense - 1)].to(rows.dtype)
-    return torch.where((ranks < num_dense)[:, None], dense_rows, rows)
+    if dense is not None:
+        _require_dense(dense, pool, num_embeddings, embedding_dim)
 
 
 def require_indices(name: str, indices: Tensor) -> None:
@@ -143,8 +168,7 @@ def _require_permutation(permutation: Tensor, num_embeddings: int, pool: Tensor)
         )
 
 
-def _require_dense(dense: Tensor, pool: Tensor, num_embeddings: int, embedding_dim: int) -> int:
-    """The number of its rows."""
+def _require_dense(dense: Tensor, pool: Tensor, num_embeddings: int, embedding_dim: int) -> None:
     require_same_device("dense", dense, "pool", pool)
     if dense.dtype != pool.dtype:
         raise TypeError(f"dense must have pool's dtype {pool.dtype}, received {dense.dtype}")
@@ -154,4 +178,3 @@ def _require_dense(dense: Tensor, pool: Tensor, num_embeddings: int, embedding_d
             f"dense must have shape [at most num_embeddings={num_embeddings}, "
             f"embedding_dim={embedding_dim}], received {shape}"
         )
-    return shape[0]

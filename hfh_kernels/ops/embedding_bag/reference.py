@@ -50,7 +50,8 @@ def embedding_bag(
         TypeError: a tensor has the wrong dtype.
         ValueError: a shape, a device, the mode or a field of ``weight`` is invalid.
     """
-    _require_bags(indices, offsets, pool, per_sample_weights, mode, include_last_offset)
+    require_bags(indices, offsets, pool, per_sample_weights, mode, include_last_offset)
+    require_offsets(offsets, indices.shape[0])
     rows = table_rows(
         indices, pool, theta, dense, permutation, num_embeddings, embedding_dim, padding_idx,
         Weight(*weight),
@@ -129,7 +130,7 @@ def embedding_bag_backward(
     return grad_pool, grad_theta, grad_dense, grad_factors
 
 
-def _require_bags(
+def require_bags(
     indices: Tensor,
     offsets: Tensor,
     pool: Tensor,
@@ -137,6 +138,7 @@ def _require_bags(
     mode: str,
     include_last_offset: bool,
 ) -> None:
+    """Raise unless the arguments fit each other, as far as can be told without reading a tensor."""
     if mode not in MODES:
         raise ValueError(f"mode must be 'sum', 'mean' or 'max', received {mode!r}")
     for name, tensor in (("indices", indices), ("offsets", offsets)):
@@ -146,7 +148,6 @@ def _require_bags(
     require_same_device("offsets", offsets, "indices", indices)
     if include_last_offset and offsets.shape[0] == 0:
         raise ValueError("offsets must not be empty with include_last_offset")
-    _require_offsets(offsets, indices.shape[0], include_last_offset)
     if per_sample_weights is None:
         return
     require_same_device("per_sample_weights", per_sample_weights, "indices", indices)
@@ -164,7 +165,7 @@ def _require_bags(
         )
 
 
-def _require_offsets(offsets: Tensor, num_indices: int, include_last_offset: bool) -> None:
+def require_offsets(offsets: Tensor, num_indices: int) -> None:
     """As far as their values can be seen: neither on meta nor while compiling."""
     if offsets.is_meta or torch.compiler.is_compiling() or offsets.shape[0] == 0:
         return

@@ -28,7 +28,7 @@ from hfh_kernels.ops.tile import (
     logical_rows,
     product,
     virtual_tile,
-    virtual_tile_backward,
+    wide_tile_backward,
 )
 from hfh_kernels.ops.tuning import Device, Tiles
 
@@ -37,7 +37,7 @@ from hfh_kernels.ops.tuning import Device, Tiles
 def _linear_fwd_kernel(
     input, weight, bias, output, batch, out_features, in_features, lead,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output [PARTS, batch, out_features], whose sum is input [batch, in_features] V^T + bias."""
     num_m, num_n = tl.cdiv(batch, TILE_M), tl.cdiv(out_features, TILE_N)
@@ -56,6 +56,9 @@ def _linear_fwd_kernel(
         inside = (m < batch)[:, None] & ((k >= 0) & (k < in_features))[None, :]
         x = tl.load(rows + k[None, :], mask=inside, other=0.0)
         v = virtual_tile(weight, theta, keys, bases, first_col(weight, start), TILE_K)
+        if RAGGED:
+            # What lies beyond V may be NaN, and makes one of the zeros it is multiplied by.
+            v = tl.where(((k >= 0) & (k < in_features))[None, :], v, 0.0)
         total = product(x, tl.trans(v.to(x.dtype)), total, PRECISION)
     if HAS_BIAS and part == 0:
         total += tl.load(bias + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
@@ -68,7 +71,7 @@ def _linear_fwd_kernel(
 def _linear_bwd_input_kernel(
     grad_output, weight, grad_input, batch, out_features, in_features, lead,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_input [PARTS, batch, in_features], whose sum is grad_output [batch, out_features] V."""
     num_m, num_k = tl.cdiv(batch, TILE_M), tl.cdiv(in_features + lead, TILE_K)
@@ -87,6 +90,8 @@ def _linear_bwd_input_kernel(
         g = tl.load(rows + n[None, :], mask=inside, other=0.0)
         keys, bases = hash_rows(weight, logical_rows(weight, n))
         v = virtual_tile(weight, theta, keys, bases, first_col(weight, start), TILE_K)
+        if RAGGED:
+            v = tl.where((n < out_features)[:, None], v, 0.0)
         total = product(g, v.to(g.dtype), total, PRECISION)
     inside = (m < batch)[:, None] & ((k >= 0) & (k < in_features))[None, :]
     positions = (part.to(tl.int64) * batch + m[:, None]) * in_features + k[None, :]
@@ -124,7 +129,7 @@ def _linear_bwd_weight_kernel(
         grad = product(tl.trans(g), x.to(g.dtype), grad, PRECISION)
     keys, bases = hash_rows(weight, logical_rows(weight, n))
     theta = load_theta(weight)
-    virtual_tile_backward(
+    wide_tile_backward(
         weight, theta, gradients, keys, bases, first_col(weight, start), TILE_K, CHUNK, grad
     )
 
@@ -161,7 +166,7 @@ def linear(
                 rows, virtual, rows if bias is None else bias, output,
                 batch, out_features, in_features, start,
                 TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, GROUP_M=_GROUP_M, PARTS=parts,
-                HAS_BIAS=bias is not None,
+                HAS_BIAS=bias is not None, RAGGED=(in_features | start) % tiles.k != 0,
                 PRECISION=_precision(input), num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
         return _total(output, input.dtype)
@@ -192,7 +197,7 @@ def linear_backward_input(
             _linear_bwd_input_kernel[(programs * parts,)](
                 rows, virtual, grad_input, batch, out_features, in_features, start,
                 TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, GROUP_M=_GROUP_M, PARTS=parts,
-                PRECISION=_precision(grad_output),
+                RAGGED=out_features % tiles.n != 0, PRECISION=_precision(grad_output),
                 num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
         return _total(grad_input, grad_output.dtype)

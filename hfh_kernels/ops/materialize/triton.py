@@ -24,7 +24,7 @@ from hfh_kernels.ops.tile import (
     load_theta,
     logical_rows,
     virtual_tile,
-    virtual_tile_backward,
+    wide_tile_backward,
 )
 from hfh_kernels.ops.tuning import Device, Tiles
 
@@ -58,7 +58,7 @@ def _materialize_bwd_kernel(
     g = tl.load(grad + n[:, None].to(tl.int64) * cols + k[None, :], mask=inside, other=0.0)
     keys, bases = hash_rows(weight, logical_rows(weight, n))
     theta = load_theta(weight)
-    virtual_tile_backward(
+    wide_tile_backward(
         weight,
         theta,
         gradients,
