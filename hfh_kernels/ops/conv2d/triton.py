@@ -54,6 +54,8 @@ class Images(NamedTuple):
     x_stride: Any
     CHANNELS_LAST: Any
     """Whether channels lie closer to each other than pixels."""
+    OFFSET: Any
+    """The type that counts elements from the first: int32 where that reaches the last."""
 
 
 class Convolution(NamedTuple):
@@ -91,17 +93,17 @@ def _positions(tile, TILE: tl.constexpr, height, width):
 
 @triton.jit
 def _pixels(images, image, y, x, inside):
-    offsets = image * images.image_stride
-    offsets += y.to(tl.int64) * images.y_stride + x.to(tl.int64) * images.x_stride
+    offsets = image.to(images.OFFSET) * images.image_stride
+    offsets += y.to(images.OFFSET) * images.y_stride + x.to(images.OFFSET) * images.x_stride
     return offsets, tl.where(inside, y.to(tl.uint32), _OUTSIDE), x.to(tl.uint32)
 
 
 @triton.jit
 def _channels(images, channel, y, x, inside):
-    y += tl.zeros_like(channel)
-    x += tl.zeros_like(channel)
-    offsets = channel.to(tl.int64) * images.channel_stride
-    offsets += y.to(tl.int64) * images.y_stride + x.to(tl.int64) * images.x_stride
+    y = y + tl.zeros_like(channel)
+    x = x + tl.zeros_like(channel)
+    offsets = channel.to(images.OFFSET) * images.channel_stride
+    offsets += y.to(images.OFFSET) * images.y_stride + x.to(images.OFFSET) * images.x_stride
     # Another coordinate than _pixels takes: twice _OUTSIDE is 0.
     return offsets, y.to(tl.uint32), tl.where(inside, x.to(tl.uint32), _OUTSIDE)
 
@@ -188,8 +190,9 @@ def _conv2d_fwd_kernel(
     total = tl.zeros((TILE_M, TILE_N), tl.float32)
     for tile_k in range(part, tl.cdiv(cols + lead, TILE_K), PARTS):
         start = tile_k * TILE_K - lead
-        k = start + tl.arange(0, TILE_K)
-        inside_k = (k >= 0) & (k < cols)
+        # Unsigned, what is before the first column is beyond the last.
+        k = (start + tl.arange(0, TILE_K)).to(tl.uint32)
+        inside_k = k < cols
         a = _load(input, patches, _taps(input, convolution, group, k, inside_k))
         v = virtual_tile(weight, theta, keys, bases, first_col(weight, start), TILE_K)
         v = tl.where(inside_k[None, :], v, 0.0)
@@ -280,8 +283,9 @@ def _conv2d_bwd_weight_kernel(
     rows = group * convolution.out_channels + n
     inside_n = n < convolution.out_channels
     start = tile_k * TILE_K - lead
-    k = start + tl.arange(0, TILE_K)
-    inside_k = (k >= 0) & (k < cols)
+    # Unsigned, what is before the first column is beyond the last.
+    k = (start + tl.arange(0, TILE_K)).to(tl.uint32)
+    inside_k = k < cols
     channels = _channels(grad_output, rows, 0, 0, inside_n)
     taps = _taps(input, convolution, group, k, inside_k)
     grad = tl.zeros((TILE_N, TILE_K), tl.float32)
@@ -475,7 +479,14 @@ def _virtual_weight(
 
 def _images(tensor: Tensor) -> Images:
     strides = tensor.stride()
-    return Images(tensor, *tensor.shape[2:], *strides, tl.constexpr(strides[1] < strides[3]))
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    return Images(
+        tensor,
+        *tensor.shape[2:],
+        *strides,
+        tl.constexpr(strides[1] < strides[3]),
+        tl.constexpr(tl.int32 if last < 2**31 else tl.int64),
+    )
 
 
 def _no_larger(tiles: Tiles, rows: int, cols: int) -> Tiles:
