@@ -56,7 +56,8 @@ def new_images(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = No
     memory_format = torch.contiguous_format
     if channels_last and not like.is_contiguous():
         memory_format = torch.channels_last
-    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
+    dtype = dtype or like.dtype
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 define(

@@ -272,7 +272,7 @@ def _conv2d_bwd_weight_kernel(
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradients; that of a tile of V stays in registers, over one part of the pixels."""
+    """Adds to the gradients; that of a tile of V stays in registers, over a part of the pixels."""
     COLS_PER_CHANNEL: tl.constexpr = convolution.KERNEL_HEIGHT * convolution.KERNEL_WIDTH
     cols = convolution.in_channels * COLS_PER_CHANNEL
     num_n, num_k = tl.cdiv(convolution.out_channels, TILE_N), tl.cdiv(cols + lead, TILE_K)
@@ -478,15 +478,11 @@ def _virtual_weight(
 
 
 def _images(tensor: Tensor) -> Images:
-    strides = tensor.stride()
+    height, width = tensor.shape[2:]
+    image, channel, y, x = strides = tensor.stride()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
-    return Images(
-        tensor,
-        *tensor.shape[2:],
-        *strides,
-        tl.constexpr(strides[1] < strides[3]),
-        tl.constexpr(tl.int32 if last < 2**31 else tl.int64),
-    )
+    offset = tl.constexpr(tl.int32 if last < 2**31 else tl.int64)
+    return Images(tensor, height, width, image, channel, y, x, tl.constexpr(channel < x), offset)
 
 
 def _no_larger(tiles: Tiles, rows: int, cols: int) -> Tiles:
@@ -509,4 +505,6 @@ def _total(images: Tensor, parts: int, like: Tensor) -> Tensor:
 
 
 def _precision(tensor: Tensor) -> str:
-    return dot_precision(tensor.dtype, torch.backends.cudnn.conv.fp32_precision == "tf32")
+    # allow_tf32 raises where it was set by this newer name.
+    cudnn: Any = torch.backends.cudnn
+    return dot_precision(tensor.dtype, cudnn.conv.fp32_precision == "tf32")
