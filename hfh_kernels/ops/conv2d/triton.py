@@ -79,12 +79,13 @@ class Convolution(NamedTuple):
 @triton.jit
 def _positions(tile, TILE: tl.constexpr, height, width):
     """Image, int64, y and x, int32, of a tile of the pixels of images."""
-    size = height * width
+    size = tl.full((), height * width, tl.uint32)
+    width = tl.full((), width, tl.uint32)
     start = tl.full((), tile, tl.int64) * TILE
-    first = start // size
-    index = (start - first * size).to(tl.int32) + tl.arange(0, TILE)
+    first = start // size.to(tl.int64)
+    index = (start - first * size).to(tl.uint32) + tl.arange(0, TILE).to(tl.uint32)
     pixel = index % size
-    return first + index // size, pixel // width, pixel % width
+    return first + index // size, (pixel // width).to(tl.int32), (pixel % width).to(tl.int32)
 
 
 # An element of a tile is where a pixel and a channel add up: each brings an offset, y and x. So a
