@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -144,3 +145,13 @@ CONVOLUTIONS = [
     one("platform, parts of the groups and images", in_channels=40, out_channels=40, groups=40,
         size=(96, 97), batch=(3,)),
 ]  # fmt: skip
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "expanded": lambda x: x[:1, :1].expand_as(x),
+    "some channels": lambda x: torch.cat((x, x), dim=1)[:, : x.shape[1]],
+    "flipped formats": lambda x: x.contiguous(memory_format=torch.channels_last),
+}
+"""What callers pass that is not contiguous, by name: functions of contiguous images."""

@@ -18,6 +18,7 @@ from hfh_kernels import HashSpec, Reconstruction, dispatch, functional
 from tests.convolution_samples import (
     CONVOLUTIONS,
     LARGE,
+    LAYOUTS,
     SPEC,
     ConvolutionSample,
     assert_matches_reference,
@@ -165,16 +166,6 @@ def test_gradcheck(sample: ConvolutionSample) -> None:
 
     leaves = [tensor for tensor in arguments if tensor is not None]
     assert torch.autograd.gradcheck(convolution, leaves, fast_mode=sample.name != "default")
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "strided": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "expanded": lambda x: x[:1, :1].expand_as(x),
-    "some channels": lambda x: torch.cat((x, x), dim=1)[:, : x.shape[1]],
-    "flipped formats": lambda x: x.contiguous(memory_format=torch.channels_last),
-}
 
 
 @pytest.mark.parametrize("sample", [CONVOLUTIONS[0], LARGE], ids=lambda sample: sample.name)

@@ -20,7 +20,7 @@ from hfh_kernels.spec import Reconstruction
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of activations, pool and theta."""
 
-_MAX_EXTENT = 2**31 - 2**16
+MAX_EXTENT = 2**31 - 2**16
 """Rows and columns are counted in int32, and tiles may reach beyond the last."""
 
 
@@ -52,8 +52,8 @@ def fields(weight: tuple[Any, ...], pool_size: int, rows: int, cols: int) -> tup
     network = given.reconstruction()
     given.require_coordinates(rows, cols)
     for name, extent in (("rows", rows), ("cols", cols)):
-        if extent > _MAX_EXTENT:
-            raise ValueError(f"{name} must be at most {_MAX_EXTENT} here, received {extent}")
+        if extent > MAX_EXTENT:
+            raise ValueError(f"{name} must be at most {MAX_EXTENT} here, received {extent}")
     return (
         _signed(spec.seed),
         spec.pool_size // spec.block,

@@ -244,6 +244,23 @@ def virtual_tile(weight, theta, keys, bases, first_col, COLS: tl.constexpr):
     return tl.reshape(values, (keys.shape[0], COLS))
 
 
+@triton.jit
+def virtual_columns(weight, theta, keys, bases, cols):
+    """V at some rows and any columns.
+
+    Args:
+        theta, keys, bases: of virtual_tile.
+        cols: where they lie in the virtual weight, uint32 [C].
+
+    Returns:
+        float32 [R, C]
+    """
+    inner = (cols % weight.BLOCK).to(tl.int32)[None, :, None]
+    offsets, negatives = draws(weight, keys, bases, cols // weight.BLOCK, inner)
+    values = _reconstruct(weight, theta, _gather(weight, offsets, negatives))
+    return tl.reshape(values, (keys.shape[0], cols.shape[0]))
+
+
 class Gradients(NamedTuple):
     """Where kernels add up the gradients of pool and theta."""
 

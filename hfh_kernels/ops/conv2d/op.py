@@ -30,7 +30,7 @@ def fake_conv2d(
     geometry = Geometry(*arguments[:5])
     geometry.require_valid(input.shape, out_channels)
     size = geometry.output_size(input.shape[2:])
-    return _new_images(input, (input.shape[0], out_channels, *size))
+    return new_images(input, (input.shape[0], out_channels, *size))
 
 
 def fake_conv2d_backward_input(
@@ -38,7 +38,7 @@ def fake_conv2d_backward_input(
 ) -> Tensor:
     require_same_device("pool", pool, "grad_output", grad_output)
     require_same_device("theta", theta, "grad_output", grad_output)
-    return _new_images(grad_output, input_size)
+    return new_images(grad_output, input_size)
 
 
 def fake_conv2d_backward_weight(
@@ -50,13 +50,14 @@ def fake_conv2d_backward_weight(
     return pool.new_empty(pool.shape), theta.new_empty(theta.shape)
 
 
-def _new_images(like: Tensor, size: Sequence[int]) -> Tensor:
-    """Channels-last where `like` is that and nothing else."""
+def new_images(like: Tensor, size: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Channels-last where `like` is that and nothing else, in its dtype unless another is given."""
     channels_last = like.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.contiguous_format
     if channels_last and not like.is_contiguous():
         memory_format = torch.channels_last
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    dtype = dtype or like.dtype
+    return torch.empty(size, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 define(
