@@ -26,9 +26,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bench.shapes import GPU_LINEARS, PLAIN, GPULinear
+from bench.shapes import (
+    GPU_CONVOLUTIONS,
+    GPU_LINEARS,
+    GPU_LOOKUPS,
+    PLAIN,
+    GPUImages,
+    GPULinear,
+    GPULookups,
+)
 from hfh_kernels.functional.weight import weight_fields
+from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.ops import tuning
+from hfh_kernels.ops.conv2d import triton as conv2d_triton
+from hfh_kernels.ops.embedding import triton as embedding_triton
+from hfh_kernels.ops.embedding_bag import triton as bag_triton
 from hfh_kernels.ops.linear import triton as linear_triton
 
 RESULTS = Path(__file__).parent / "results"
@@ -209,9 +221,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def linear_calls(shape: GPULinear, batch: int) -> Calls:
-    layer = shape.layer("meta")
-    weight = weight_fields(layer.hash_spec, layer.reconstruction, layer.scale, 0, 0)
-    parameters = layer.pool.weight, layer.theta
+    parameters, weight = _of(shape.layer("meta"), shape.dtype)
     input = torch.empty(batch, shape.in_features, dtype=shape.dtype, device="meta")
     grad = torch.empty(batch, shape.out_features, dtype=shape.dtype, device="meta")
     name = f"{shape.name}, {_NAMES[shape.dtype]}, batch {batch}"
@@ -228,6 +238,58 @@ def linear_calls(shape: GPULinear, batch: int) -> Calls:
     }
 
 
+def _of(layer: HFHLayer, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+    """A layer's parameters, and the trailing arguments of its operators."""
+    weight = weight_fields(layer.hash_spec, layer.reconstruction, layer.scale, 0, 0)
+    return (layer.pool.weight.to(dtype), layer.theta), weight
+
+
+def convolution_calls(images: GPUImages) -> Calls:
+    parameters, weight = _of(images.layer("meta"), images.dtype)
+    input = images.input("meta")
+    geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    name = f"{PLAIN}, {images.name}"
+    return {
+        f"conv2d {name}": lambda: conv2d_triton.conv2d(
+            input, *parameters, None, images.channels, *geometry, *weight
+        ),
+        f"conv2d_backward_input {name}": lambda: conv2d_triton.conv2d_backward_input(
+            input, *parameters, input.shape, *geometry, *weight
+        ),
+        f"conv2d_backward_weight {name}": lambda: conv2d_triton.conv2d_backward_weight(
+            input, input, *parameters, *geometry, *weight
+        ),
+    }
+
+
+def lookup_calls(shape: GPULookups) -> Calls:
+    parameters, weight = _of(shape.layer("meta"), torch.bfloat16)
+    rows, dim = shape.num_embeddings, shape.embedding_dim
+    indices, *offsets = shape.arguments("meta")
+    name = f"{PLAIN}, {shape.name}"
+    table: tuple[Any, ...] = (*parameters, None, None)
+    if not offsets:
+        grad = torch.empty(shape.num_indices, dim, dtype=torch.bfloat16, device="meta")
+        return {
+            f"embedding {name}": lambda: embedding_triton.embedding(
+                indices, *table, rows, dim, -1, *weight
+            ),
+            f"embedding_backward {name}": lambda: embedding_triton.embedding_backward(
+                grad, indices, *table, rows, -1, *weight
+            ),
+        }
+    grad = torch.empty(offsets[0].shape[0], dim, dtype=torch.bfloat16, device="meta")
+    winners = torch.empty(0, dim, dtype=torch.int64, device="meta")
+    return {
+        f"embedding_bag {name}": lambda: bag_triton.embedding_bag(
+            indices, offsets[0], *table, None, rows, dim, "sum", False, -1, *weight
+        ),
+        f"embedding_bag_backward {name}": lambda: bag_triton.embedding_bag_backward(
+            grad, winners, indices, offsets[0], *table, None, rows, "sum", False, -1, *weight
+        ),
+    }
+
+
 def all_calls() -> Calls:
     """A layer of each kind, for kernels do not depend on its size, and a batch of each regime."""
     kinds = {(s.block, s.depth, s.num_hashes, s.dtype): s for s in reversed(GPU_LINEARS)}
@@ -235,6 +297,10 @@ def all_calls() -> Calls:
     for shape in kinds.values():
         for batch in tuning.ROWS:
             calls |= linear_calls(shape, batch)
+    for images in GPU_CONVOLUTIONS:
+        calls |= convolution_calls(images)
+    for lookups in GPU_LOOKUPS:
+        calls |= lookup_calls(lookups)
     return calls
 
 
