@@ -75,9 +75,13 @@ def select(model: nn.Module, skip: Iterable[Rule], min_size: int) -> Selection:
         for parameter in module.parameters(recurse=False):
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"model has a lazy layer, {name}: run it once first")
-    candidates, skipped = [], []
+    candidates: list[Candidate] = []
+    skipped: list[Row] = []
     for found in _walk(model, names, reasons, min_size):
-        (candidates if isinstance(found, Candidate) else skipped).append(found)  # type: ignore[attr-defined]
+        if isinstance(found, Candidate):
+            candidates.append(found)
+        else:
+            skipped.append(found)
     for refuse in (_split_by_place, _split_ties):
         candidates, refused = refuse(candidates, names)
         skipped += refused

@@ -54,12 +54,13 @@ def of_hashed(module: nn.Module) -> Kind | None:
     return next((kind for kind in KINDS if isinstance(module, kind.hashed)), None)
 
 
-def _with_arguments(*names: str, bias: bool = True) -> Callable[[nn.Module], dict[str, Any]]:
+def _with_arguments(*names: str) -> Callable[[nn.Module], dict[str, Any]]:
+    """Those that are attributes; "bias" is a parameter or None, or a bool in recurrent layers."""
+
     def arguments(module: nn.Module) -> dict[str, Any]:
-        values = {name: getattr(module, name) for name in names}
-        if bias:
-            # A parameter or None in layers of one weight, a bool in recurrent ones.
-            values["bias"] = module.bias is not None and module.bias is not False
+        values: dict[str, Any] = {name: getattr(module, name) for name in names}
+        if "bias" in values and not isinstance(values["bias"], bool):
+            values["bias"] = values["bias"] is not None
         return values
 
     return arguments
@@ -119,19 +120,28 @@ _CONVOLUTION = _with_arguments(
     "dilation",
     "groups",
     "padding_mode",
+    "bias",
 )
-_RECURRENT = ("input_size", "hidden_size", "num_layers", "batch_first", "dropout", "bidirectional")
+_RECURRENT = (
+    "input_size",
+    "hidden_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+)
 
 
 def _kinds() -> Iterator[Kind]:
-    linear = _with_arguments("in_features", "out_features")
+    linear = _with_arguments("in_features", "out_features", "bias")
     yield Kind(nn.Linear, HFHLinear, linear, _one_weight, _bias)
     yield Kind(nn.Conv1d, HFHConv1d, _CONVOLUTION, _one_weight, _bias)
     yield Kind(nn.Conv2d, HFHConv2d, _CONVOLUTION, _one_weight, _bias)
     table = ("num_embeddings", "embedding_dim", "padding_idx")
-    rows = _with_arguments(*table, bias=False)
+    rows = _with_arguments(*table)
     yield Kind(nn.Embedding, HFHEmbedding, rows, _one_weight, _none)
-    bags = _with_arguments(*table, "mode", "include_last_offset", bias=False)
+    bags = _with_arguments(*table, "mode", "include_last_offset")
     yield Kind(nn.EmbeddingBag, HFHEmbeddingBag, bags, _one_weight, _none)
     lstm = _with_arguments(*_RECURRENT, "proj_size")
     yield Kind(nn.LSTM, HFHLSTM, lstm, _recurrent_weights, _recurrent_biases)
