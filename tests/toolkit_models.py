@@ -94,9 +94,8 @@ class DLRM(nn.Module):
 
     def __init__(self, num_tables: int = 26, size: int = 16) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(
-            nn.EmbeddingBag(3 * 2 ** (table % 10), size, mode="sum") for table in range(num_tables)
-        )
+        self.rows = [3 * 2 ** (table % 10) for table in range(num_tables)]
+        self.tables = nn.ModuleList(nn.EmbeddingBag(rows, size, mode="sum") for rows in self.rows)
         self.bottom = nn.Sequential(nn.Linear(13, 64), nn.ReLU(), nn.Linear(64, size), nn.ReLU())
         num_pairs = (num_tables + 1) * num_tables // 2
         self.top = nn.Sequential(nn.Linear(size + num_pairs, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -104,7 +103,8 @@ class DLRM(nn.Module):
     def forward(self, features: Tensor, indices: Tensor) -> Tensor:
         dense = self.bottom(features)
         bags = [
-            table(indices[:, i] % table.num_embeddings) for i, table in enumerate(self.tables)
+            table(indices[:, i] % rows)
+            for i, (table, rows) in enumerate(zip(self.tables, self.rows, strict=True))
         ]
         vectors = torch.stack([dense, *bags], dim=1)
         products = vectors @ vectors.mT

@@ -83,8 +83,8 @@ def compress(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range; no layer can be compressed; or no pool meets the
-            ratio within 2%, with the smallest one that can be met.
+        ValueError: an argument is out of range; no layer can be compressed; no pool meets the
+            ratio within 2%, with the smallest one that can be met; or the model cannot be copied.
     """
     _check(model, ratio, min_size, init, inplace, fit_options)
     reconstruction = Reconstruction(depth, width, activation)
@@ -306,7 +306,12 @@ def _replaced(
         for module, hashed in replacements.items():
             _copy_others(module, hashed, copies)
         copies.update((id(module), hashed) for module, hashed in replacements.items())
-        model = copy.deepcopy(model, copies)
+        try:
+            model = copy.deepcopy(model, copies)
+        except RuntimeError as error:
+            raise ValueError(
+                f"inplace must be True for a model without deepcopy: {error}"
+            ) from error
     fast_path.disable(model)
     return model
 

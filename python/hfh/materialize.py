@@ -19,10 +19,11 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 def materialize(model: ModuleType) -> ModuleType:
     """A copy of a model with layers of torch.nn, and stored weights, in place of hashed ones.
 
-    Outputs are the same (in inference torch's transformer encoder puts zeros at padded places, which
-    a compressed one does not). The model itself stays as it is. Tied weights stay tied, but for one
-    case: an embedding with ``padding_idx`` and an output projection that share a table. There the
-    projection has a virtual row where the embedding has zeros, and each gets a weight of its own.
+    Outputs are the same; only where there is padding does torch's transformer encoder, in
+    inference, put zeros, which a compressed one does not. The model itself stays as it is. Tied
+    weights stay tied, but for one case: an embedding with ``padding_idx`` and an output projection
+    that share a table. There the projection has a virtual row where the embedding has zeros, and
+    each gets a weight of its own.
 
     Raises:
         ValueError: model has a layer over a pool of a class that is not of hfh_kernels or hfh.
