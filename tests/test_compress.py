@@ -519,13 +519,19 @@ class TestErrors:
 
     def test_ratio_below_what_is_dense(self) -> None:
         model = beside(nn.Conv3d(16, 16, 3))
-        with pytest.raises(ValueError, match="the smallest is") as raised:
+        with pytest.raises(ValueError, match="and the smallest") as raised:
             compress(model, 1 / 16)
-        smallest = float(str(raised.value).split("the smallest is ")[1].split(",")[0])
+        smallest = float(str(raised.value).split("the smallest ")[1].split(",")[0])
         _, report = compress(model, smallest)
         assert report.pool_size == defaults.BLOCK
-        with pytest.raises(ValueError, match="the smallest is"):
+        with pytest.raises(ValueError, match="the smallest"):
             compress(model, 0.97 * smallest)
+
+    def test_ratio_between_two_pools(self) -> None:
+        """Multiples of the block are too far apart for a small model."""
+        model = nn.Linear(128, 8, bias=False)
+        with pytest.raises(ValueError, match=r"nearest is 0\.75391 and the smallest 0\.12891"):
+            compress(model, 0.7, depth=1, block=128)
 
     def test_nothing_changes_where_it_fails(self) -> None:
         model = beside(nn.Linear(64, 64))

@@ -136,6 +136,13 @@ class TestEachModel:
         assert id(dense) in kept
         assert torch.equal(run(changed, sample), run(copied, sample))
 
+    def test_compile(self, sample: Sample) -> None:
+        """One graph: nothing in it is left to Python."""
+        model, _ = compress(sample.build(), sample.ratio)
+        model.eval()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_close(run(compiled, sample), run(model, sample))
+
     def test_without_gradients(self, sample: Sample) -> None:
         """Where torch's transformer encoder would pass dense weights to a function of its own."""
         model, _ = compress(sample.build(), sample.ratio)

@@ -166,12 +166,12 @@ def _pool_size(ratio: float, dense_parameters: int, kept: int, block: int) -> in
     budget = ratio * dense_parameters
     pool_size = max(1, round((budget - kept) / block)) * block
     if abs(kept + pool_size - budget) > TOLERANCE * budget:
-        smallest = (kept + block) / dense_parameters
+        nearest, smallest = ((kept + size) / dense_parameters for size in (pool_size, block))
         raise ValueError(
             f"ratio must be one that a pool can meet within {TOLERANCE:.0%}, received {ratio:.5g}: "
-            f"the smallest is {smallest:.5g}, as {kept:,} of {dense_parameters:,} parameters are "
-            f"not the pool's (biases, norms, layers left dense, every g), and pools come in "
-            f"multiples of block={block}"
+            f"the nearest is {nearest:.5g} and the smallest {smallest:.5g}, as {kept:,} of "
+            f"{dense_parameters:,} parameters are not the pool's (biases, norms, layers left "
+            f"dense, every g) and a pool is a multiple of block={block}"
         )
     require_int("ratio times the parameters", pool_size, 1, 2**31 - 1)
     return pool_size
