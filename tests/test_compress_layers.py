@@ -319,16 +319,19 @@ class TestReport:
         ]
 
 
-def test_fit_is_given_every_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    received: dict[HFHLayer, Tensor] = {}
-    options: dict[str, Any] = {}
+class FitReport:
+    def to_json(self) -> str:
+        return '{"error": 0.5}'
 
-    def fit(weights: Mapping[HFHLayer, Tensor], **keywords: Any) -> str:
-        received.update(weights)
-        options.update(keywords)
+
+def test_fit_is_given_every_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: dict[str, Any] = {}
+
+    def fit(weights: Mapping[HFHLayer, Tensor], **keywords: Any) -> FitReport:
+        received.update(keywords, weights=weights)
         with torch.no_grad():
             next(iter(weights)).pool.weight.fill_(2.0)
-        return "errors"
+        return FitReport()
 
     module = types.ModuleType("hfh.fit")
     module.fit = fit  # type: ignore[attr-defined]
@@ -339,19 +342,33 @@ def test_fit_is_given_every_weight_once(monkeypatch: pytest.MonkeyPatch) -> None
             "output": nn.Linear(32, 80),
             "conv": nn.Conv2d(16, 16, 3),
             "lstm": nn.LSTM(32, 32),
+            "small": nn.Linear(4, 4),
         }
     )
     dense["output"].weight = dense["table"].weight
-    model, report = compress(dense, 1 / 4, init="fit", fit_options={"progress": False})
-    assert report.fit == "errors"
-    assert options == {"progress": False}
-    layers = [model["table"], model["conv"], model["lstm"].input_l0, model["lstm"].recurrent_l0]
-    assert list(received) == layers
-    for layer, weight in received.items():
+    importance = {dense[name]: torch.rand(2) for name in ("output", "conv", "small")}
+    options = {"progress": False}
+    model, report = compress(dense, 1 / 4, init="fit", importance=importance, fit_options=options)
+    names = {
+        model["table"]: "table",
+        model["conv"]: "conv",
+        model["lstm"].input_l0: "lstm.input_l0",
+        model["lstm"].recurrent_l0: "lstm.recurrent_l0",
+    }
+    assert received["names"] == names
+    assert received["progress"] is False
+    assert list(received["weights"]) == list(names)
+    for layer, weight in received["weights"].items():
         assert weight.shape == layer.weight_shape
         assert not weight.requires_grad
-    torch.testing.assert_close(received[model["conv"]], dense["conv"].weight.flatten(1))
+    expected = dense["conv"].weight.flatten(1)
+    torch.testing.assert_close(received["weights"][model["conv"]], expected)
+    assert received["importance"] == {
+        model["table"]: importance[dense["output"]],
+        model["conv"]: importance[dense["conv"]],
+    }
     assert model["output"].pool.weight.eq(2.0).all()
+    assert json.loads(report.to_json())["fit"] == {"error": 0.5}
 
 
 def test_unknown_layers_are_not_materialised() -> None:
