@@ -1,6 +1,6 @@
 """What the default hash costs in accuracy: prints a table, writes results/default-hash.json.
 
-`python -m bench.default_hash [--quick]`, one thread, some minutes. Three networks on
+`python -m bench.default_hash [--quick]`, one thread, about ten minutes. Three networks on
 scikit-learn's digits, compressed by blocks of 1, 32 and 64 columns, the latter two also in windows
 of a quarter of the pool: what the default, 64 KiB, is of the pool of the widest network, the only
 one to get windows by default. Learning rates are those that are best for blocks of 1 by validation

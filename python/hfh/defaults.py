@@ -1,8 +1,10 @@
 """The default hash and g, chosen here and nowhere else, for whole models.
 
-Four hashes and a linear g. ``bench/default_hash.py`` compares them with blocks of 1, with the whole
-pool for every row and with a g of one hidden layer. A linear g is the fastest: it takes the fewest
-operations a weight, and it lets a kernel multiply pool slots by inputs instead of making weights.
+Four hashes and a linear g. ``bench/default_hash.py`` compares it with blocks of 1, with the whole
+pool for every row and with a g of one hidden layer: over three networks and five seeds the default
+differs from blocks of 1 without a window by less than the standard error of the difference. A
+linear g is the fastest: it takes the fewest operations a weight, and it lets a kernel multiply pool
+slots by inputs instead of making weights.
 
 Blocks of 64 neighbouring columns: a slot of the pool is 256 bytes of float32 or 128 of bfloat16, so
 any part of it is whole 16-byte loads on a GPU and whole vector registers on a CPU, and the hash is
