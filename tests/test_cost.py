@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hfh import cost_model
 from hfh.cost_formulas import MethodCost, Operations
 from hfh.cost_model import Cost, cost, weight_cost
+from hfh.text_table import short
 from hfh_kernels.functional.weight import weight_fields
 from hfh_kernels.nn import HFHConv1d, HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 from hfh_kernels.nn.layer import HFHLayer
@@ -143,6 +144,14 @@ def test_operations_on_a_virtual_kernel() -> None:
     product = Operations(multiply_adds=2 * 6 * 6 * 5 * 2 * 9)
     assert computed.forward == computed.backward_input == product + forward
     assert computed.backward_weight == product + forward + backward
+
+
+def test_operations_of_the_default_g() -> None:
+    """As COST.md says."""
+    layer = HFHLinear(1, 1, bias=False, pool=Pool(32))
+    computed = hfh(cost(layer, (1, 1)))
+    assert computed.forward.reconstruction_operations == 34
+    assert computed.backward_weight.reconstruction_operations == 34 + 54
 
 
 def test_rows_that_end_within_a_block() -> None:
@@ -430,9 +439,27 @@ def test_model_without_parameters() -> None:
 
 def test_json() -> None:
     result = cost(make_model(), (3, 12))
-    written = json.loads(json.dumps(result.to_json()))
+    written = json.loads(result.to_json())
     assert written["totals"]["HFH"]["parameters"] == hfh(result).parameters
     assert written["totals"]["CSR"]["training"]["gathers"] == (
         result.totals[cost_model.SPARSE].training.gathers
     )
     assert written["rows"][0]["use"]["multiply_adds"] == 3 * 12 * 16
+
+
+def test_table() -> None:
+    text = str(cost(hashed_network(), INPUT))
+    _, layers, _, totals = text.split("\n\n")
+    assert len(layers.splitlines()) == 1 + 6
+    assert [line.split()[0] for line in totals.splitlines()[1::2]] == list(cost_model.METHODS)
+    assert "16 x 48" in layers
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (9999, "9,999"), (10_000, "10k"), (999_499, "999k"), (999_600, "1M"),
+     (12_345_678, "12.3M"), (4_560_000_000_000, "4.56T")],
+)  # fmt: skip
+def test_short_numbers(number: int, text: str) -> None:
+    assert short(number) == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from hfh import cost_formulas as formulas
 from hfh.cost_formulas import MethodCost, Use, Weight
+from hfh.text_table import short, text_table
 from hfh_kernels.nn import HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 from hfh_kernels.nn.dense_rows import DenseRows
 from hfh_kernels.nn.layer import HFHLayer
@@ -67,18 +69,42 @@ class Cost:
             for method in self.methods
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries and lists."""
-        return {
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-            "totals": {
-                method: {
-                    **dataclasses.asdict(cost),
-                    "training": dataclasses.asdict(cost.training),
-                }
-                for method, cost in self.totals.items()
-            },
+    def table(self) -> str:
+        """Plain text: a line a layer, then the totals of each method."""
+        method = HFH if HFH in self.methods else DENSE
+        layers, methods = [], []
+        for row in self.rows:
+            shape = "" if row.shape is None else " x ".join(map(str, row.shape))
+            own = row.costs[method]
+            numbers = (own.parameters, *dataclasses.astuple(own.forward))
+            layers.append((row.name, row.kind, shape, *map(short, numbers)))
+        for name, total in self.totals.items():
+            storage = map(short, (total.parameters, total.bytes, total.optimizer_bytes))
+            forward, training = (
+                map(short, dataclasses.astuple(work)) for work in (total.forward, total.training)
+            )
+            methods.append((name, *storage, "forward", *forward))
+            methods.append(("", "", "", "", "training", *training))
+        operations = ("multiply-adds", "hash", "gathers", "g")
+        of_layer = ("layer", "kind", "shape", "parameters", *operations)
+        of_method = ("method", "parameters", "bytes", "Adam's bytes", "pass", *operations)
+        return (
+            f"Each layer, {method}, forward pass:\n\n{text_table(of_layer, layers, num_left=3)}\n\n"
+            f"All layers:\n\n{text_table(of_method, methods)}"
+        )
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_json(self) -> str:
+        """Rows and totals, of training too, as one JSON object."""
+        totals = {
+            method: {**dataclasses.asdict(total), "training": dataclasses.asdict(total.training)}
+            for method, total in self.totals.items()
         }
+        return json.dumps(
+            {"rows": [dataclasses.asdict(row) for row in self.rows], "totals": totals}
+        )
 
 
 def cost(
