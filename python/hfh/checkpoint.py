@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hfh import tensor_file
+from hfh.restructure import hashed_as
 from hfh.tensor_file import CheckpointError
 from hfh_kernels.nn import Pool
 from hfh_kernels.nn.layer import HFHLayer
@@ -46,9 +47,9 @@ class Checkpoint:
     extra_states: dict[str, Any]
 
     @property
-    def names(self) -> set[str]:
+    def names(self) -> list[str]:
         """Of all tensors, shared ones by each of theirs."""
-        return self.tensors.keys() | self.aliases.keys()
+        return [*self.tensors, *self.aliases]
 
     def stored_name(self, name: str) -> str:
         """The name that the file has a tensor under."""
@@ -74,25 +75,23 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         TypeError: the extra state of a module that is no layer over a pool is not JSON.
         ValueError: a tensor is sparse, or on the meta device and so without data.
     """
-    tensors, extra_states = _named_state(model)
-    for name, tensor in tensors.items():
+    contents = describe(model)
+    for name, tensor in contents.tensors.items():
         if tensor.is_meta or tensor.layout != torch.strided:
             kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
             raise ValueError(f"model has a tensor that cannot be saved: {name} is {kind}")
-    for key, state in extra_states.items():
+    for key, state in contents.extra_states.items():
         if not _is_json(state):
             raise TypeError(f"model has a state that cannot be saved as JSON: {key} is {state!r}")
-    aliases = _aliases(tensors)
-    stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
-    layers = {layer_path: _describe(layer) for layer_path, layer in hashed_layers(model)}
-    write(Checkpoint(stored, aliases, layers, extra_states), Path(path))
+    write(contents, Path(path))
 
 
 def load(path: str | os.PathLike[str], model: ModuleType) -> ModuleType:
-    """Read a file of :func:`save` into a model that was compressed the same way; returns it.
+    """Read a file of :func:`save` into a model; returns it.
 
-    Hash seeds are those of the file, whatever the model's were. Everything is checked before
-    anything in the model changes.
+    The model is one that was compressed the same way, or the dense one, whose layers are then
+    replaced by those of the file. Hash seeds are those of the file, whatever the model's were.
+    Everything is checked before anything in the model changes.
 
     Raises:
         CheckpointError: the file is damaged or of another version, or it holds another model: other
@@ -101,15 +100,32 @@ def load(path: str | os.PathLike[str], model: ModuleType) -> ModuleType:
     """
     path = Path(path)
     contents = read(path)
-    difference = next(_differences(contents, model), None)
-    if difference is not None:
-        raise CheckpointError(f"{path}: {difference}")
+    with hashed_as(contents, model) as contents:
+        difference = next(_differences(contents, model), None)
+        if difference is not None:
+            raise CheckpointError(f"{path}: {difference}")
     model.load_state_dict(contents.state_dict())
     return model
 
 
-def read(path: Path) -> Checkpoint:
+def describe(model: nn.Module) -> Checkpoint:
+    """What a file of this model holds."""
+    tensors, extra_states = _named_state(model)
+    aliases = _aliases({name: _identity(tensor) for name, tensor in tensors.items()})
+    stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
+    layers = {
+        path: {"class": type(layer).__name__, "state": layer.get_extra_state()}
+        for path, layer in hashed_layers(model)
+    }
+    return Checkpoint(stored, aliases, layers, extra_states)
+
+
+def read(path: Path, *, of_any_program: bool = False) -> Checkpoint:
     """What a file of :func:`save` holds, once its checksum and versions are found right.
+
+    Args:
+        path: of the file.
+        of_any_program: take other safetensors files too, which hold tensors and nothing else.
 
     Raises:
         CheckpointError: it is damaged, of another version or not a file of :func:`save`.
@@ -117,6 +133,8 @@ def read(path: Path) -> Checkpoint:
     """
     tensors, metadata = tensor_file.read(path)
     if not metadata.keys() >= {METADATA_KEY, tensor_file.CHECKSUM}:
+        if of_any_program:
+            return Checkpoint(tensors, {}, {}, {})
         raise CheckpointError(f"{path}: a safetensors file, but not one that hfh.save wrote")
     fields = json.loads(metadata[METADATA_KEY])
     for name, version in _VERSIONS.items():
@@ -166,26 +184,22 @@ def _named_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, extra_states
 
 
-def _aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each name of a shared tensor but the first in alphabetical order: that first."""
-    first: dict[Any, str] = {}
+def _aliases(identities: Mapping[str, Hashable]) -> dict[str, str]:
+    """For each name that shares its identity with others, but the first of them: that first."""
+    first: dict[Hashable, str] = {}
     aliases = {}
-    for name, tensor in sorted(tensors.items()):
-        kept = first.setdefault(_identity(tensor), name)
+    for name in sorted(identities):
+        kept = first.setdefault(identities[name], name)
         if kept != name:
             aliases[name] = kept
     return aliases
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
+def _identity(tensor: Tensor) -> Hashable:
     """Equal for tensors that are one: the same object, or the same view of the same memory."""
     if tensor.numel() == 0 or tensor.is_meta:
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _describe(layer: HFHLayer) -> dict[str, Any]:
-    return {"class": type(layer).__name__, "state": layer.get_extra_state()}
 
 
 def _is_json(state: Any) -> bool:
@@ -199,9 +213,7 @@ def _is_json(state: Any) -> bool:
 def _differences(contents: Checkpoint, model: nn.Module) -> Iterator[str]:
     """What keeps the contents from being this model's."""
     layers = dict(hashed_layers(model))
-    if contents.layers and not layers:
-        yield "holds a compressed model: compress this one in the same way first"
-    yield from _differing_names("layer over a pool", contents.layers, layers)
+    yield from _differing_names("hashed layer", contents.layers, layers)
     for path, layer in layers.items():
         saved = contents.layers[path]
         if saved["class"] != type(layer).__name__:
@@ -224,9 +236,10 @@ def _differences(contents: Checkpoint, model: nn.Module) -> Iterator[str]:
             )
         if saved_tensor.dtype != tensor.dtype:
             yield f"{name} is {saved_tensor.dtype}, in the model {tensor.dtype}"
-    aliases = _aliases(tensors)
+    saved_aliases = _aliases({name: contents.stored_name(name) for name in tensors})
+    aliases = _aliases({name: _identity(tensor) for name, tensor in tensors.items()})
     for name in sorted(tensors):
-        saved_alias, alias = contents.aliases.get(name), aliases.get(name)
+        saved_alias, alias = saved_aliases.get(name), aliases.get(name)
         if saved_alias != alias:
             one, other = ("the file", "the model") if saved_alias else ("the model", "the file")
             yield f"{name} is the same as {saved_alias or alias} in {one}, not in {other}"

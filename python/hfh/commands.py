@@ -1,0 +1,409 @@
+"""What the command ``hfh`` can do.
+
+Nothing here imports torch before a command needs it, so that help and completion are quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+app = typer.Typer(
+    name="hfh",
+    help="Homologically functional hashing: networks whose weights are hashed from one small pool.",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _ratio(text: str) -> float:
+    try:
+        ratio = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        ratio = 0.0
+    if not 0 < ratio < 1:
+        raise typer.BadParameter(
+            f"must be between 0 and 1, such as 1/16 or 0.05, received {text!r}"
+        )
+    return ratio
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be an integer, received {text!r}") from None
+
+
+def _count(text: str) -> int:
+    number = _integer(text)
+    if number < 1:
+        raise typer.BadParameter(f"must be at least 1, received {number}")
+    return number
+
+
+class Sizes(tuple[int, ...]):
+    """The shape of an input, a type of its own since typer reads a tuple as several arguments."""
+
+
+def _sizes(text: str) -> Sizes:
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() for size in sizes):
+        raise typer.BadParameter(f"must be sizes such as 1,3,224,224, received {text!r}")
+    return Sizes(map(int, sizes))
+
+
+_NEEDS_INPUT = "the shape of the model's input is needed, such as --input 1,3,224,224"
+_SAME_FILE = "must not be a file that is read"
+_FILE_OR_FACTORY = (
+    "A safetensors file, or package.module:factory: a torch.nn.Module or a function that makes one."
+)
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_FILE_OR_FACTORY, show_default=False)]
+Factory = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FACTORY",
+        help="A torch.nn.Module, or a function that makes one, as package.module:factory.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Load this safetensors file into what the factory makes."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")]
+Ratio = Annotated[
+    float,
+    typer.Option(
+        parser=_ratio,
+        metavar="RATIO",
+        help="Parameters after / before, such as 1/16 or 0.05.",
+    ),
+]
+InputShape = Annotated[
+    Sizes | None,
+    typer.Option(
+        "--input", parser=_sizes, metavar="SIZES", help="Shape of the input, such as 1,3,224,224."
+    ),
+]
+InputType = Annotated[
+    str,
+    typer.Option(metavar="DTYPE", help="Of the input: float32, bfloat16, int64 (look-ups) ..."),
+]
+
+
+def _number(help: str, parser: Callable[[str], int] = _integer) -> Any:
+    return typer.Option(parser=parser, metavar="N", help=help, show_default=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hfh_kernels.version import __version__
+
+        print(f"hfh {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error comes from.")
+    ] = False,
+) -> None:
+    pass
+
+
+class Init(str, Enum):
+    """Where the virtual weights of a compressed model start."""
+
+    FIT = "fit"
+    SCRATCH = "scratch"
+
+
+@app.command()
+def compress(
+    source: Source,
+    output: Output,
+    ratio: Ratio = 1 / 16,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Layers to leave, such as 'head' or '*.attn*'."),
+    ] = None,
+    init: Annotated[
+        Init, typer.Option(help="Fit the weights there are, or start a new network to train.")
+    ] = Init.FIT,
+    num_hashes: Annotated[int | None, _number("Pool elements behind a weight, 1 to 16.")] = None,
+    depth: Annotated[int | None, _number("Layers of g: 0 for none, 1 for a linear one.")] = None,
+    width: Annotated[int | None, _number("Units of g's hidden layers.")] = None,
+    block: Annotated[int | None, _number("Neighbouring columns that share a draw.")] = None,
+    min_size: Annotated[int | None, _number("Weights of the smallest layer to compress.")] = None,
+    seed: Annotated[int | None, _number("Of the random numbers that pool and g start as.")] = None,
+    weights: Weights = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a model, or the weights of a safetensors file, into a new safetensors file.
+
+    Of a file, weights of two to four dimensions named *.weight are compressed and all else is kept.
+    hfh materialize gives back a file with the names of the first, and hfh.load reads the compressed
+    one into a model.
+    """
+    for path in (Path(source), weights):
+        if path is not None and path.exists() and output.exists() and output.samefile(path):
+            raise typer.BadParameter(_SAME_FILE, param_hint="--output")
+    with _working(f"reading {source}"):
+        from hfh.checkpoint import save
+        from hfh.compress import compress
+        from hfh.sources import load_model
+
+        model = load_model(source, weights)
+    chosen = {
+        "num_hashes": num_hashes,
+        "depth": depth,
+        "width": width,
+        "block": block,
+        "min_size": min_size,
+        "seed": seed,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if init is Init.FIT:
+        compressed, report = compress(
+            model, ratio, skip=skip or (), init="fit", fit_options={"progress": True}, **given
+        )
+    else:
+        compressed, report = compress(model, ratio, skip=skip or (), init="scratch", **given)
+    save(compressed, output)
+    print(report.to_json() if as_json else report.table())
+    _say(f"Wrote {output}, {output.stat().st_size:,} bytes.")
+
+
+@app.command()
+def inspect(source: Source, weights: Weights = None, as_json: AsJson = False) -> None:
+    """Show what a file or a model holds: virtual weights, their hashes, and every tensor.
+
+    A file is read whole, so damage to a compressed one is found.
+    """
+    with _working(f"reading {source}"):
+        from hfh.inspection import Inspection
+        from hfh.sources import load_model
+
+        inspection = Inspection.of(load_model(source, weights))
+    print(inspection.to_json() if as_json else inspection.table())
+
+
+@app.command()
+def materialize(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="That hfh compress wrote.", show_default=False)
+    ],
+    output: Output,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="What made the model, if it has recurrent or attention layers.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the virtual weights out as a dense safetensors file, under the names they had."""
+    if source.exists() and output.exists() and output.samefile(source):
+        raise typer.BadParameter(_SAME_FILE, param_hint="--output")
+    with _working(f"reading {source}"):
+        from hfh import checkpoint, tensor_file
+        from hfh.materialize import materialize
+        from hfh.sources import load_model
+
+        if model is None:
+            compressed = load_model(str(source))
+        else:
+            compressed = checkpoint.load(source, load_model(model))
+        dense = checkpoint.describe(materialize(compressed))
+    # Ties are noted as safetensors' own save_model does it.
+    tensor_file.write(output, dense.tensors, {"format": "pt", **dense.aliases})
+    numbers = sum(tensor.numel() for tensor in dense.tensors.values())
+    if as_json:
+        print(json.dumps({"file": str(output), "numbers": numbers, "tensors": len(dense.tensors)}))
+    _say(f"Wrote {output}, {numbers:,} numbers in {len(dense.tensors):,} tensors.")
+
+
+@app.command()
+def cost(
+    source: Source,
+    input_shape: InputShape = None,
+    dtype: InputType = "float32",
+    ratio: Ratio = 1 / 16,
+    positions: Annotated[
+        int | None,
+        _number(
+            "For a file, which has no forward pass: vectors that each matrix is multiplied with, "
+            "1 by default.",
+            _count,
+        ),
+    ] = None,
+    weights: Weights = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count parameters, bytes and operations: dense, HashedNets, HFH and pruned (CSR).
+
+    A model that is dense is compressed to --ratio first.
+    """
+    with _working(f"reading {source}"):
+        from hfh import cost_model
+        from hfh.sources import is_file, load_model
+
+        if is_file(source) and input_shape is not None:
+            raise typer.BadParameter("goes with package.module:factory", param_hint="--input")
+        if not is_file(source) and positions is not None:
+            raise typer.BadParameter("goes with a safetensors file", param_hint="--positions")
+        if not is_file(source) and input_shape is None:
+            raise typer.BadParameter(_NEEDS_INPUT, param_hint="--input")
+        model = _hashed(load_model(source, weights), ratio)
+    with _working("counting"):
+        if input_shape is None:
+            result = cost_model.weight_cost(model, positions or 1)
+        else:
+            result = cost_model.cost(model, input_shape, dtype=_dtype(dtype))
+    print(result.to_json() if as_json else result.table())
+
+
+@app.command()
+def bench(
+    source: Factory,
+    input_shape: InputShape = None,
+    dtype: InputType = "float32",
+    ratio: Ratio = 1 / 16,
+    training: Annotated[bool, typer.Option("--training", help="Time a backward pass too.")] = False,
+    repeats: Annotated[int, _number("Timed calls of each model.", _count)] = 20,
+    threads: Annotated[int | None, _number("As torch chooses by default.", _count)] = None,
+    weights: Weights = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time a compressed model against the dense one.
+
+    A model that is dense is compressed to --ratio; one that is compressed is materialised.
+    """
+    with _working(f"reading {source}"):
+        import torch
+
+        from hfh.materialize import materialize
+        from hfh.model_speed import compare
+        from hfh.sources import is_file, load_model
+
+        if is_file(source):
+            raise typer.BadParameter(
+                f"a file has no forward pass to time: {source}", param_hint="MODULE:FACTORY"
+            )
+        if input_shape is None:
+            raise typer.BadParameter(_NEEDS_INPUT, param_hint="--input")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        compressed = _hashed(load_model(source, weights), ratio)
+        dense = materialize(compressed)
+        input = _example(input_shape, _dtype(dtype))
+    with _progress("timing", repeats) as advance:
+        speed = compare(dense, compressed, input, training, repeats, advance)
+    print(speed.to_json() if as_json else speed.table())
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")] = Path(
+        "demo_results"
+    ),
+    seeds: Annotated[int | None, _number("Trainings a method, 5 by default.")] = None,
+    threads: Annotated[int | None, _number("As torch chooses by default.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds instead of minutes: a check.")
+    ] = False,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Search the learning rates anew (half an hour).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train dense, HashedNets and HFH networks on scikit-learn's digits, then time a layer.
+
+    The layer is of 4096 x 4096 weights, against F.linear. Prints two tables, writes demo.png and
+    demo.json.
+    """
+    try:
+        from hfh.demo.command import demo
+        from hfh.demo.run import QUICK, Settings
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}; pip install 'hfh-kernels[demo]'") from error
+    chosen = {"seeds": seeds, "threads": threads, "tune": tune}
+    named = {name: value for name, value in chosen.items() if value is not None}
+    try:
+        settings = replace(QUICK if quick else Settings(), **named)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    demo(settings, output, as_json)
+
+
+def _hashed(model: nn.Module, ratio: float) -> nn.Module:
+    """The model, compressed from scratch if it is dense."""
+    from hfh.checkpoint import hashed_layers
+    from hfh.compress import compress
+
+    if any(hashed_layers(model)):
+        return model
+    return compress(model, ratio, seed=0)[0]
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        message = f"must be a dtype of torch, such as int64, received {name!r}"
+        raise typer.BadParameter(message, param_hint="--dtype")
+    return dtype
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers; zeros where they are integers, since any table has a row 0."""
+    import torch
+
+    return (
+        torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+    )
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+@contextmanager
+def _working(description: str) -> Iterator[None]:
+    """Shows on a terminal that something takes its time."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{description} ..."):
+        yield
+
+
+@contextmanager
+def _progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, drawn only when it is advanced, so that it disturbs no timing."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), auto_refresh=False, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda: progress.update(task, advance=1, refresh=True)
