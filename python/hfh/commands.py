@@ -13,7 +13,7 @@ from dataclasses import replace
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -67,7 +67,6 @@ def _sizes(text: str) -> Sizes:
 
 
 _NEEDS_INPUT = "the shape of the model's input is needed, such as --input 1,3,224,224"
-_SAME_FILE = "must not be a file that is read"
 _FILE_OR_FACTORY = (
     "A safetensors file, or package.module:factory: a torch.nn.Module or a function that makes one."
 )
@@ -155,6 +154,12 @@ def compress(
     block: Annotated[int | None, _number("Neighbouring columns that share a draw.")] = None,
     min_size: Annotated[int | None, _number("Weights of the smallest layer to compress.")] = None,
     seed: Annotated[int | None, _number("Of the random numbers that pool and g start as.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Keep the fit's state here, and go on from what is there."
+        ),
+    ] = None,
     weights: Weights = None,
     as_json: AsJson = False,
 ) -> None:
@@ -164,9 +169,7 @@ def compress(
     hfh materialize gives back a file with the names of the first, and hfh.load reads the compressed
     one into a model.
     """
-    for path in (Path(source), weights):
-        if path is not None and path.exists() and output.exists() and output.samefile(path):
-            raise typer.BadParameter(_SAME_FILE, param_hint="--output")
+    _require_output(output, Path(source), weights)
     with _working(f"reading {source}"):
         from hfh.checkpoint import save
         from hfh.compress import compress
@@ -182,12 +185,14 @@ def compress(
         "seed": seed,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
+    fit_options: dict[str, Any] = {}
     if init is Init.FIT:
-        compressed, report = compress(
-            model, ratio, skip=skip or (), init="fit", fit_options={"progress": True}, **given
-        )
-    else:
-        compressed, report = compress(model, ratio, skip=skip or (), init="scratch", **given)
+        fit_options = {"progress": True, "checkpoint": checkpoint}
+    elif checkpoint is not None:
+        raise typer.BadParameter("goes with --init fit", param_hint="--checkpoint")
+    compressed, report = compress(
+        model, ratio, skip=skip or (), init=init.value, fit_options=fit_options, **given
+    )
     save(compressed, output)
     print(report.to_json() if as_json else report.table())
     _say(f"Wrote {output}, {output.stat().st_size:,} bytes.")
@@ -223,8 +228,7 @@ def materialize(
     as_json: AsJson = False,
 ) -> None:
     """Write the virtual weights out as a dense safetensors file, under the names they had."""
-    if source.exists() and output.exists() and output.samefile(source):
-        raise typer.BadParameter(_SAME_FILE, param_hint="--output")
+    _require_output(output, source)
     with _working(f"reading {source}"):
         from hfh import checkpoint, tensor_file
         from hfh.materialize import materialize
@@ -354,6 +358,15 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     demo(settings, output, as_json)
+
+
+def _require_output(output: Path, *inputs: Path | None) -> None:
+    """Before the work, not after it."""
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"no folder {output.parent}", param_hint="--output")
+    for path in inputs:
+        if path is not None and path.exists() and output.exists() and output.samefile(path):
+            raise typer.BadParameter("must not be a file that is read", param_hint="--output")
 
 
 def _hashed(model: nn.Module, ratio: float) -> nn.Module:

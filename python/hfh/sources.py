@@ -67,13 +67,9 @@ def _made_by(source: str) -> nn.Module:
         sys.path.remove(os.getcwd())
     made = getattr(module, factory_name, None)
     if made is None:
-        raise SourceError(
-            f"{source}: {module_name} has no {factory_name or 'name after the colon'}"
-        )
+        raise SourceError(f"{source}: {module_name} has no {factory_name!r}")
     if not isinstance(made, nn.Module) and callable(made):
         made = made()
     if not isinstance(made, nn.Module):
-        raise SourceError(
-            f"{source}: must be or make a torch.nn.Module, received a {type(made).__name__}"
-        )
+        raise SourceError(f"{source} must give a torch.nn.Module, received {type(made).__name__}")
     return made
