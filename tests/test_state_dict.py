@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -154,11 +155,12 @@ def test_pool_of_another_size() -> None:
         make_model().load_state_dict(state)
 
 
-def test_adopts_the_seed() -> None:
+def test_adopts_seed_and_scale() -> None:
     model, other = make_model(), make_model()
     for seed, layer in enumerate(other):
         if isinstance(layer, HFHLinear):
             layer.hash_spec = dataclasses.replace(layer.hash_spec, seed=seed)
+            layer.scale *= 2
     assert set(seeds(other)).isdisjoint(seeds(model))
     other.load_state_dict(model.state_dict())
     assert seeds(other) == seeds(model)
@@ -209,6 +211,13 @@ def test_missing_or_foreign_hash() -> None:
     with pytest.raises(RuntimeError, match="_extra_state"):
         layer.load_state_dict(state)
     incomplete = {name: value for name, value in extra.items() if name != "seed"}
-    for wrong in (incomplete, {**extra, "keep_mask": 1}):
-        with pytest.raises((TypeError, ValueError), match=r"seed must be|has keep_mask=1"):
+    wrong_states = (
+        incomplete,
+        {**extra, "keep_mask": 1},
+        {**extra, "scale": None},
+        {**extra, "scale": math.nan},
+    )
+    message = r"seed must be|has keep_mask=1|scale must be a finite float.* (None|nan)"
+    for wrong in wrong_states:
+        with pytest.raises((TypeError, ValueError), match=message):
             layer.load_state_dict({**state, "_extra_state": wrong})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ class HFHLayer(nn.Module):
     """A module with a virtual weight V = scale * g(a) of ``weight_shape`` (rows, cols).
 
     The pool is the submodule ``pool``, g's parameters the flat parameter ``theta``. A state dict
-    also carries the hash, the reconstruction and the scale: loading adopts the checkpoint's seed,
-    and any other difference is an error.
+    also carries the hash, the reconstruction and the scale: loading adopts the checkpoint's seed
+    and scale, and any other difference is an error.
 
     Args:
         weight_shape: of the virtual weight, as a matrix.
@@ -144,21 +145,25 @@ class HFHLayer(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Adopt the checkpoint's seed.
+        """Adopt the checkpoint's seed and scale.
 
         Raises:
-            TypeError, ValueError: the checkpoint has no valid seed.
+            TypeError, ValueError: the checkpoint has no valid seed or scale.
             ValueError: anything else differs between the checkpoint and this layer.
         """
         own = self.get_extra_state()
         for name in sorted(own.keys() | state.keys()):
-            if name != "seed" and state.get(name) != own.get(name):
+            if name not in ("seed", "scale") and state.get(name) != own.get(name):
                 raise ValueError(
                     f"the checkpoint's layer has {name}={state.get(name)!r}, "
                     f"this one has {name}={own.get(name)!r}"
                 )
         seed: Any = state.get("seed")
+        scale: Any = state.get("scale")
+        if not isinstance(scale, float) or not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite float, the checkpoint has {scale!r}")
         self.hash_spec = dataclasses.replace(self.hash_spec, seed=seed)
+        self.scale = scale
 
     def _weight_repr(self) -> str:
         """The tail of every layer's ``extra_repr``."""

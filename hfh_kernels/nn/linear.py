@@ -24,7 +24,7 @@ class HFHLinear(HFHLayer, DenseRows):
     The pool is the submodule ``pool``, g's parameters the flat parameter ``theta``. Initial
     virtual weights have mean 0 and the variance of ``torch.nn.Linear``'s, 1 / (3 in_features).
     A state dict also carries the hash, the reconstruction and the scale: loading adopts the
-    checkpoint's seed, and any other difference is an error.
+    checkpoint's seed and scale, and any other difference is an error.
 
     HashedNets (Chen et al., ICML 2015) is ``num_hashes=1, depth=0, block=1`` with a pool a layer.
 

@@ -1,0 +1,171 @@
+"""What became of each layer of a compressed model, and what the whole came to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hfh_kernels import dispatch
+from hfh_kernels.nn import HFHEmbedding, HFHEmbeddingBag, HFHLinear
+from hfh_kernels.nn.layer import HFHLayer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One virtual weight, or one layer that was left as it was."""
+
+    name: str
+    """Path of the module in the compressed model."""
+    kind: str
+    """Its class in the dense model."""
+    shape: tuple[int, ...]
+    """Of the weight; of a layer that was left, with several of them, of none."""
+    dense_parameters: int
+    """Of the weight in the dense model, 0 where another row has counted it: it is tied."""
+    lookups: float
+    """Look-ups that building the whole weight makes in each pool element, on average."""
+    block: int | None
+    regime: str
+    """How it will run on the device where it is."""
+    skipped: str | None
+    """Why it was left dense; None for a virtual weight."""
+
+    @classmethod
+    def of_layer(
+        cls, name: str, kind: str, layer: HFHLayer, shape: tuple[int, ...], *, is_tied: bool
+    ) -> Row:
+        """The row of a virtual weight; ``is_tied`` where another row counts it."""
+        rows, cols = layer.weight_shape
+        spec = layer.hash_spec
+        return cls(
+            name=name,
+            kind=kind,
+            shape=shape,
+            dense_parameters=0 if is_tied else rows * cols,
+            lookups=rows * cols * spec.num_hashes / spec.pool_size,
+            block=spec.block,
+            regime=regime(layer),
+            skipped=None,
+        )
+
+    @classmethod
+    def of_skipped(
+        cls, name: str, kind: str, shape: tuple[int, ...], dense_parameters: int, reason: str
+    ) -> Row:
+        """The row of a layer that was left dense."""
+        return cls(
+            name=name,
+            kind=kind,
+            shape=shape,
+            dense_parameters=dense_parameters,
+            lookups=0.0,
+            block=None,
+            regime="dense",
+            skipped=reason,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Rows, one a virtual weight and one a layer left dense, and totals."""
+
+    rows: list[Row]
+    dense_parameters: int
+    """Of the model before, shared ones once."""
+    compressed_parameters: int
+    """Of the model after: pool, every g, and all that is dense."""
+    pool_size: int
+    window: int | None
+    rows_per_window: int | None
+    ratio_asked: float
+    fit: Any = None
+    """What ``hfh.fit.fit`` returned, with init="fit"."""
+
+    @property
+    def ratio(self) -> float:
+        """Parameters after, over parameters before."""
+        return self.compressed_parameters / self.dense_parameters
+
+    @property
+    def virtual_parameters(self) -> int:
+        """Dense parameters that virtual weights have replaced."""
+        return sum(row.dense_parameters for row in self.rows if row.skipped is None)
+
+    def table(self) -> str:
+        """Plain text: a line a row, then the totals."""
+        heading = ("layer", "kind", "shape", "dense", "look-ups", "regime or reason")
+        lines = [heading, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
+        text = "\n".join(
+            "  ".join(
+                cell.rjust(width) if i in _RIGHT else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+        window = "none: a layer draws from the whole pool"
+        if self.window is not None:
+            window = f"{self.window:,} elements for {self.rows_per_window} rows"
+        return (
+            f"{text}\n\n"
+            f"parameters: {self.dense_parameters:,} -> {self.compressed_parameters:,}\n"
+            f"ratio: {self.ratio:.5g}, asked {self.ratio_asked:.5g}\n"
+            f"pool: {self.pool_size:,} elements behind {self.virtual_parameters:,} weights\n"
+            f"window: {window}"
+        )
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_json(self) -> str:
+        """Rows and totals as one JSON object; ``fit`` as its own ``to_dict`` where it has one."""
+        fields = {name: getattr(self, name) for name in _TOTALS}
+        to_dict = getattr(self.fit, "to_dict", None)
+        fields["fit"] = to_dict() if to_dict else None
+        return json.dumps({"rows": [asdict(row) for row in self.rows], **fields})
+
+
+def regime(layer: HFHLayer) -> str:
+    """How a layer runs on the device and in the dtype it has."""
+    refused = dispatch.can_run("cpu", layer.pool.weight, layer.theta)
+    if refused is not None:
+        return f"reference, materialises: {refused}"
+    if isinstance(layer, (HFHEmbedding, HFHEmbeddingBag)):
+        return "cpu: rows as they are looked up"
+    spec = layer.hash_spec
+    # The kernels choose by batch; csrc/cpu/slots.cpp has the conditions.
+    if (
+        isinstance(layer, HFHLinear)
+        and layer.reconstruction.depth == 1
+        and layer.weight_shape[1] % spec.block == 0
+        and spec.block % _SLOT_PRODUCT_BLOCK == 0
+    ):
+        return "cpu: slot products or tiles of weights, by batch"
+    return "cpu: tiles of weights"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    reason = row.regime if row.skipped is None else f"dense: {row.skipped}"
+    return (
+        row.name or "(model)",
+        row.kind,
+        " x ".join(map(str, row.shape)),
+        f"{row.dense_parameters:,}",
+        f"{row.lookups:,.1f}" if row.skipped is None else "",
+        reason,
+    )
+
+
+_RIGHT = (2, 3, 4)
+_SLOT_PRODUCT_BLOCK = 16
+_TOTALS = (
+    "dense_parameters",
+    "compressed_parameters",
+    "virtual_parameters",
+    "ratio_asked",
+    "ratio",
+    "pool_size",
+    "window",
+    "rows_per_window",
+)
