@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hfh import checkpoint, tensor_file
 from hfh.checkpoint import load, save
+from hfh.checkpoint_contents import hashed_layers
 from hfh.tensor_file import CheckpointError
 from hfh_kernels.nn import HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 from tests.models import make_model, seeds
@@ -147,7 +148,7 @@ def test_ties_survive(tmp_path: Path) -> None:
     load(tmp_path / "model.safetensors", other)
     assert other.output.theta is other.table.theta is other.again.theta
     assert other.output.dense is other.table.dense
-    assert len({id(layer.pool) for _, layer in checkpoint.hashed_layers(other)}) == 1
+    assert len({id(layer.pool) for _, layer in hashed_layers(other)}) == 1
 
 
 def test_the_saved_model_keeps_its_state(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_the_saved_model_keeps_its_state(tmp_path: Path) -> None:
 def test_seeds_are_those_of_the_file(file: Path) -> None:
     model = make_model()
     expected = seeds(model)
-    for seed, (_, layer) in enumerate(checkpoint.hashed_layers(model)):
+    for seed, (_, layer) in enumerate(hashed_layers(model)):
         layer.hash_spec = dataclasses.replace(layer.hash_spec, seed=seed)
     assert seeds(load(file, model)) == expected
 
@@ -252,17 +253,19 @@ def require_refused(path: Path, model: nn.Module, message: str) -> None:
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     }
-    states = [layer.get_extra_state() for _, layer in checkpoint.hashed_layers(model)]
+    states = [layer.get_extra_state() for _, layer in hashed_layers(model)]
     with pytest.raises(CheckpointError, match=message) as caught:
         load(path, model)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert states == [layer.get_extra_state() for _, layer in checkpoint.hashed_layers(model)]
+    assert states == [layer.get_extra_state() for _, layer in hashed_layers(model)]
 
 
-def test_any_flipped_bit_is_found(file: Path) -> None:
+def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save(HFHLinear(4, 2, pool=Pool(32), depth=1), file)
     content = bytearray(file.read_bytes())
     for place in range(len(content)):
         content[place] ^= 1 << place % 8
@@ -342,8 +345,8 @@ def with_tied_theta() -> nn.Module:
         (without_bias, r"has the tensor 0\.bias, which the model has not"),
         (lambda: make_model().append(nn.PReLU()), r"lacks the tensor 5\.weight"),
         (lambda: make_model().append(nn.BatchNorm1d(5)), r"lacks the tensors .* and 1 more"),
-        (lambda: make_model()[:3], r"has the layer over a pool 4, which"),
-        (lambda: nn.Linear(2, 2), "holds a compressed model: compress this one in the same way"),
+        (lambda: make_model()[:3], r"has the hashed layer 4, which"),
+        (lambda: nn.Linear(2, 2), "has the hashed layers 0, 2, 4, which the model has not"),
         (lambda: make_model(512), "0: .* has pool_size=1024, this one has pool_size=512"),
         (
             with_another(HFHConv2d(16, 5, 1, pool=Pool(1024), block=8)),

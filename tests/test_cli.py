@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hfh.compress import compress
 from torch import nn
 
 from hfh import checkpoint, cli, sources
+from hfh.compress import compress
 from tests.models import make_model
 
 MODELS = """

@@ -5,7 +5,8 @@ A safetensors file, so nothing in it is code. Its metadata hold, as JSON under "
 - ``format_version``, and the ``hash_version`` that the virtual weights were made with;
 - ``aliases``: the other names of shared tensors, each with the name the file has it under. A pool
   has a name in every layer that reads it;
-- ``layers``: the class of every layer over a pool and its extra state, by the layer's path;
+- ``layers``: of every layer over a pool, by its path, the class, the arguments it shares with
+  torch.nn's class, and its extra state;
 - ``extra_states``: those of other modules, by their key in the state dict.
 
 A checksum over tensors and metadata is beside it.
@@ -16,52 +17,30 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hfh import tensor_file
+from hfh.checkpoint_contents import (
+    Checkpoint,
+    describe,
+    first_names,
+    hashed_layers,
+    identity,
+    named_state,
+)
 from hfh.restructure import hashed_as
 from hfh.tensor_file import CheckpointError
-from hfh_kernels.nn import Pool
-from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.spec import HASH_VERSION
 
 FORMAT_VERSION = 1
 METADATA_KEY = "hfh"
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a file holds; the module's docstring says what the fields are."""
-
-    tensors: dict[str, Tensor]
-    aliases: dict[str, str]
-    layers: dict[str, dict[str, Any]]
-    extra_states: dict[str, Any]
-
-    @property
-    def names(self) -> list[str]:
-        """Of all tensors, shared ones by each of theirs."""
-        return [*self.tensors, *self.aliases]
-
-    def stored_name(self, name: str) -> str:
-        """The name that the file has a tensor under."""
-        return self.aliases.get(name, name)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of the model that was saved, with shared tensors under each of their names."""
-        return {
-            **{name: self.tensors[self.stored_name(name)] for name in self.names},
-            **{extra_state_key(path): layer["state"] for path, layer in self.layers.items()},
-            **self.extra_states,
-        }
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -108,18 +87,6 @@ def load(path: str | os.PathLike[str], model: ModuleType) -> ModuleType:
     return model
 
 
-def describe(model: nn.Module) -> Checkpoint:
-    """What a file of this model holds."""
-    tensors, extra_states = _named_state(model)
-    aliases = _aliases({name: _identity(tensor) for name, tensor in tensors.items()})
-    stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
-    layers = {
-        path: {"class": type(layer).__name__, "state": layer.get_extra_state()}
-        for path, layer in hashed_layers(model)
-    }
-    return Checkpoint(stored, aliases, layers, extra_states)
-
-
 def read(path: Path, *, of_any_program: bool = False) -> Checkpoint:
     """What a file of :func:`save` holds, once its checksum and versions are found right.
 
@@ -158,50 +125,6 @@ def write(contents: Checkpoint, path: Path) -> None:
     tensor_file.write(path, contents.tensors, metadata)
 
 
-def hashed_layers(model: nn.Module) -> Iterator[tuple[str, HFHLayer]]:
-    """Every layer over a pool, by each path that leads to it."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, HFHLayer):
-            yield path, module
-
-
-def extra_state_key(path: str) -> str:
-    """Where the state dict of a model has the extra state of the module at a path."""
-    return f"{path}._extra_state" if path else "_extra_state"
-
-
-def _named_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors, shared ones by each of their names, and extra states but those of our layers."""
-    state = model.state_dict(keep_vars=True)
-    for path, _ in hashed_layers(model):
-        del state[extra_state_key(path)]
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    extra_states = {key: value for key, value in state.items() if key not in tensors}
-    # A state dict has each pool once, where this model happens to be traversed first.
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Pool):
-            tensors[f"{path}.weight" if path else "weight"] = module.weight
-    return tensors, extra_states
-
-
-def _aliases(identities: Mapping[str, Hashable]) -> dict[str, str]:
-    """For each name that shares its identity with others, but the first of them: that first."""
-    first: dict[Hashable, str] = {}
-    aliases = {}
-    for name in sorted(identities):
-        kept = first.setdefault(identities[name], name)
-        if kept != name:
-            aliases[name] = kept
-    return aliases
-
-
-def _identity(tensor: Tensor) -> Hashable:
-    """Equal for tensors that are one: the same object, or the same view of the same memory."""
-    if tensor.numel() == 0 or tensor.is_meta:
-        return (id(tensor),)
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-
-
 def _is_json(state: Any) -> bool:
     """Whether JSON gives back the very same; tuples, for instance, come back as lists."""
     try:
@@ -223,7 +146,7 @@ def _differences(contents: Checkpoint, model: nn.Module) -> Iterator[str]:
             copy.copy(layer).set_extra_state(saved["state"])
         except (TypeError, ValueError) as error:
             yield f"{path}: {error}"
-    tensors, extra_states = _named_state(model)
+    tensors, extra_states = named_state(model)
     yield from _differing_names("tensor", contents.names, tensors)
     yield from _differing_names("extra state", contents.extra_states, extra_states)
     for name, tensor in sorted(tensors.items()):
@@ -236,8 +159,8 @@ def _differences(contents: Checkpoint, model: nn.Module) -> Iterator[str]:
             )
         if saved_tensor.dtype != tensor.dtype:
             yield f"{name} is {saved_tensor.dtype}, in the model {tensor.dtype}"
-    saved_aliases = _aliases({name: contents.stored_name(name) for name in tensors})
-    aliases = _aliases({name: _identity(tensor) for name, tensor in tensors.items()})
+    saved_aliases = first_names({name: contents.stored_name(name) for name in tensors})
+    aliases = first_names({name: identity(tensor) for name, tensor in tensors.items()})
     for name in sorted(tensors):
         saved_alias, alias = saved_aliases.get(name), aliases.get(name)
         if saved_alias != alias:

@@ -184,7 +184,7 @@ def compress(
         "min_size": min_size,
         "seed": seed,
     }
-    given = {name: value for name, value in chosen.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     fit_options: dict[str, Any] = {}
     if init is Init.FIT:
         fit_options = {"progress": True, "checkpoint": checkpoint}
@@ -230,7 +230,7 @@ def materialize(
     """Write the virtual weights out as a dense safetensors file, under the names they had."""
     _require_output(output, source)
     with _working(f"reading {source}"):
-        from hfh import checkpoint, tensor_file
+        from hfh import checkpoint, checkpoint_contents, tensor_file
         from hfh.materialize import materialize
         from hfh.sources import load_model
 
@@ -238,7 +238,7 @@ def materialize(
             compressed = load_model(str(source))
         else:
             compressed = checkpoint.load(source, load_model(model))
-        dense = checkpoint.describe(materialize(compressed))
+        dense = checkpoint_contents.describe(materialize(compressed))
     # Ties are noted as safetensors' own save_model does it.
     tensor_file.write(output, dense.tensors, {"format": "pt", **dense.aliases})
     numbers = sum(tensor.numel() for tensor in dense.tensors.values())
@@ -352,7 +352,7 @@ def demo(
     except ModuleNotFoundError as error:
         raise ImportError(f"{error}; pip install 'hfh-kernels[demo]'") from error
     chosen = {"seeds": seeds, "threads": threads, "tune": tune}
-    named = {name: value for name, value in chosen.items() if value is not None}
+    named: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     try:
         settings = replace(QUICK if quick else Settings(), **named)
     except ValueError as error:
@@ -371,7 +371,7 @@ def _require_output(output: Path, *inputs: Path | None) -> None:
 
 def _hashed(model: nn.Module, ratio: float) -> nn.Module:
     """The model, compressed from scratch if it is dense."""
-    from hfh.checkpoint import hashed_layers
+    from hfh.checkpoint_contents import hashed_layers
     from hfh.compress import compress
 
     if any(hashed_layers(model)):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hfh import checkpoint
+from hfh import checkpoint_contents
 from hfh.text_table import text_table
 
 
@@ -46,7 +46,7 @@ class Inspection:
     @classmethod
     def of(cls, model: nn.Module) -> Inspection:
         """Of a model, which may be one without a forward pass."""
-        contents = checkpoint.describe(model)
+        contents = checkpoint_contents.describe(model)
         names: dict[str, list[str]] = {}
         for alias, name in contents.aliases.items():
             names.setdefault(name, []).append(alias)
@@ -55,7 +55,7 @@ class Inspection:
                 VirtualWeight(
                     path, type(layer).__name__, layer.weight_shape, layer.get_extra_state()
                 )
-                for path, layer in checkpoint.hashed_layers(model)
+                for path, layer in checkpoint_contents.hashed_layers(model)
             ],
             [
                 StoredTensor(

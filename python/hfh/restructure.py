@@ -6,19 +6,17 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from hfh import fast_path, kinds
+from hfh.checkpoint_contents import Checkpoint, describe_layer, hashed_layers
 from hfh.kinds import Kind
 from hfh_kernels.nn import Pool
 from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.spec import HashSpec, Reconstruction
-
-if TYPE_CHECKING:
-    from hfh.checkpoint import Checkpoint
 
 
 @contextmanager
@@ -29,7 +27,7 @@ def hashed_as(contents: Checkpoint, model: nn.Module) -> Iterator[Checkpoint]:
     Yields the contents as this model names them: a file that was made from tensors alone knows
     neither ties nor what sort of layer a weight belongs to.
     """
-    if not contents.layers or any(isinstance(module, HFHLayer) for module in model.modules()):
+    if not contents.layers or any(hashed_layers(model)):
         yield contents
         return
     contents = _with_ties(contents, model)
@@ -129,12 +127,12 @@ def _as_named_by(model: nn.Module, contents: Checkpoint) -> Checkpoint:
     Linear layers of a file may be embeddings, and its convolutions have groups.
     """
     layers = dict(contents.layers)
-    for path, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, HFHLayer) and path in layers:
-            saved, own = layers[path]["state"], layer.get_extra_state()
-            kernels = {state["kernel_size"] for state in (saved, own) if "kernel_size" in state}
+    for path, layer in hashed_layers(model):
+        if path in layers:
+            saved, own = layers[path]["state"], describe_layer(layer)
+            kernels = {saved.get("kernel_size"), own["state"].get("kernel_size")} - {None}
             if _matrix(saved) == layer.weight_shape and len(kernels) <= 1:
-                layers[path] = {"class": type(layer).__name__, "state": own}
+                layers[path] = own
     return dataclasses.replace(contents, layers=layers)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hfh.attention import PackedProjection
-from hfh.checkpoint import Checkpoint
+from hfh.checkpoint_contents import Checkpoint
 from hfh_kernels.nn import HFHConv1d, HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 from hfh_kernels.nn.layer import HFHLayer
 
@@ -16,6 +16,10 @@ _CLASSES: dict[str, type[HFHLayer]] = {
     layer.__name__: layer
     for layer in (HFHLinear, PackedProjection, HFHConv1d, HFHConv2d, HFHEmbedding, HFHEmbeddingBag)
 }
+_HASH_ARGUMENTS = (
+    *("num_hashes", "depth", "width", "activation"),
+    *("block", "window", "rows_per_window", "seed"),
+)
 _DENSE_LAYERS: dict[int, Callable[..., nn.Module]] = {2: nn.Linear, 3: nn.Conv1d, 4: nn.Conv2d}
 """By the dimensions of their weight."""
 
@@ -46,8 +50,7 @@ def state_dict_model(contents: Checkpoint) -> StateDictModel:
         pool_name = contents.stored_name(f"{path}.pool.weight")
         if pool_name not in pools:
             pools[pool_name] = Pool(contents.tensors[pool_name].numel(), device="meta")
-        has_bias = f"{path}.bias" in contents.names
-        _put(model, path, _hashed_layer(path, entry, pools[pool_name], has_bias))
+        _put(model, path, _hashed_layer(path, entry, pools[pool_name]))
     values = {
         name: nn.Parameter(tensor) if tensor.is_floating_point() else tensor
         for name, tensor in contents.tensors.items()
@@ -91,20 +94,18 @@ def _dense_layer(tensors: Mapping[str, Tensor]) -> nn.Module | None:
     return _DENSE_LAYERS[weight.dim()](*sizes, bias=bias is not None, device="meta")
 
 
-def _hashed_layer(path: str, entry: Mapping[str, Any], pool: Pool, has_bias: bool) -> HFHLayer:
+def _hashed_layer(path: str, entry: Mapping[str, Any], pool: Pool) -> HFHLayer:
     """The layer that the file describes, without memory."""
     if entry["class"] not in _CLASSES:
         raise ValueError(f"the file has a layer of unknown class, {path}: {entry['class']}")
-    arguments = dict(entry["state"])
-    scale = arguments.pop("scale")
-    for name in ("pool_size", "version"):
-        del arguments[name]
-    if "kernel_size" in arguments:
-        arguments["kernel_size"] = [int(size) for size in arguments["kernel_size"].split("x")]
-    if "num_embeddings" not in arguments:
-        arguments["bias"] = has_bias
-    layer = _CLASSES[entry["class"]](**arguments, pool=pool, device="meta")
-    layer.scale = scale
+    state = entry["state"]
+    hash_arguments = {name: state[name] for name in _HASH_ARGUMENTS}
+    if "dense_rows" in state:
+        hash_arguments["dense_rows"] = state["dense_rows"]
+    layer = _CLASSES[entry["class"]](
+        **entry["arguments"], **hash_arguments, pool=pool, device="meta"
+    )
+    layer.scale = state["scale"]
     return layer
 
 
