@@ -11,11 +11,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from hfh.command_options import (
+    AsJson,
+    Factory,
+    InputShape,
+    InputType,
+    Output,
+    Ratio,
+    Source,
+    Weights,
+    count,
+    number,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -29,84 +41,7 @@ app = typer.Typer(
 )
 
 
-def _ratio(text: str) -> float:
-    try:
-        ratio = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        ratio = 0.0
-    if not 0 < ratio < 1:
-        raise typer.BadParameter(
-            f"must be between 0 and 1, such as 1/16 or 0.05, received {text!r}"
-        )
-    return ratio
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"must be an integer, received {text!r}") from None
-
-
-def _count(text: str) -> int:
-    number = _integer(text)
-    if number < 1:
-        raise typer.BadParameter(f"must be at least 1, received {number}")
-    return number
-
-
-class Sizes(tuple[int, ...]):
-    """The shape of an input, a type of its own since typer reads a tuple as several arguments."""
-
-
-def _sizes(text: str) -> Sizes:
-    sizes = text.split(",")
-    if not all(size.strip().isdecimal() for size in sizes):
-        raise typer.BadParameter(f"must be sizes such as 1,3,224,224, received {text!r}")
-    return Sizes(map(int, sizes))
-
-
 _NEEDS_INPUT = "the shape of the model's input is needed, such as --input 1,3,224,224"
-_FILE_OR_FACTORY = (
-    "A safetensors file, or package.module:factory: a torch.nn.Module or a function that makes one."
-)
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_FILE_OR_FACTORY, show_default=False)]
-Factory = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODULE:FACTORY",
-        help="A torch.nn.Module, or a function that makes one, as package.module:factory.",
-        show_default=False,
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Load this safetensors file into what the factory makes."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")]
-Ratio = Annotated[
-    float,
-    typer.Option(
-        parser=_ratio,
-        metavar="RATIO",
-        help="Parameters after / before, such as 1/16 or 0.05.",
-    ),
-]
-InputShape = Annotated[
-    Sizes | None,
-    typer.Option(
-        "--input", parser=_sizes, metavar="SIZES", help="Shape of the input, such as 1,3,224,224."
-    ),
-]
-InputType = Annotated[
-    str,
-    typer.Option(metavar="DTYPE", help="Of the input: float32, bfloat16, int64 (look-ups) ..."),
-]
-
-
-def _number(help: str, parser: Callable[[str], int] = _integer) -> Any:
-    return typer.Option(parser=parser, metavar="N", help=help, show_default=False)
 
 
 def _version(wanted: bool) -> None:
@@ -148,12 +83,12 @@ def compress(
     init: Annotated[
         Init, typer.Option(help="Fit the weights there are, or start a new network to train.")
     ] = Init.FIT,
-    num_hashes: Annotated[int | None, _number("Pool elements behind a weight, 1 to 16.")] = None,
-    depth: Annotated[int | None, _number("Layers of g: 0 for none, 1 for a linear one.")] = None,
-    width: Annotated[int | None, _number("Units of g's hidden layers.")] = None,
-    block: Annotated[int | None, _number("Neighbouring columns that share a draw.")] = None,
-    min_size: Annotated[int | None, _number("Weights of the smallest layer to compress.")] = None,
-    seed: Annotated[int | None, _number("Of the random numbers that pool and g start as.")] = None,
+    num_hashes: Annotated[int | None, number("Pool elements behind a weight, 1 to 16.")] = None,
+    depth: Annotated[int | None, number("Layers of g: 0 for none, 1 for a linear one.")] = None,
+    width: Annotated[int | None, number("Units of g's hidden layers.")] = None,
+    block: Annotated[int | None, number("Neighbouring columns that share a draw.")] = None,
+    min_size: Annotated[int | None, number("Weights of the smallest layer to compress.")] = None,
+    seed: Annotated[int | None, number("Of the random numbers that pool and g start as.")] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -255,10 +190,10 @@ def cost(
     ratio: Ratio = 1 / 16,
     positions: Annotated[
         int | None,
-        _number(
+        number(
             "For a file, which has no forward pass: vectors that each matrix is multiplied with, "
             "1 by default.",
-            _count,
+            count,
         ),
     ] = None,
     weights: Weights = None,
@@ -294,8 +229,8 @@ def bench(
     dtype: InputType = "float32",
     ratio: Ratio = 1 / 16,
     training: Annotated[bool, typer.Option("--training", help="Time a backward pass too.")] = False,
-    repeats: Annotated[int, _number("Timed calls of each model.", _count)] = 20,
-    threads: Annotated[int | None, _number("As torch chooses by default.", _count)] = None,
+    repeats: Annotated[int, number("Timed calls of each model.", count)] = 20,
+    threads: Annotated[int | None, number("As torch chooses by default.", count)] = None,
     weights: Weights = None,
     as_json: AsJson = False,
 ) -> None:
@@ -331,8 +266,8 @@ def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")] = Path(
         "demo_results"
     ),
-    seeds: Annotated[int | None, _number("Trainings a method, 5 by default.")] = None,
-    threads: Annotated[int | None, _number("As torch chooses by default.")] = None,
+    seeds: Annotated[int | None, number("Trainings a method, 5 by default.")] = None,
+    threads: Annotated[int | None, number("As torch chooses by default.")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Seconds instead of minutes: a check.")
     ] = False,
