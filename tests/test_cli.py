@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,15 +197,21 @@ def test_options_reach_the_hash(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_fit_is_the_default(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    received = {}
+    received: dict[str, Any] = {}
 
     def record(model: nn.Module, ratio: float, **options: Any) -> Any:
         received.update(options)
-        return compress(model, ratio)
+        compressed, report = compress(model, ratio)
+        return compressed, replace(report, fit=Fitted())
+
+    class Fitted:
+        def table(self) -> str:
+            return "error of each layer"
 
     monkeypatch.setattr("hfh.compress.compress", record)
     options = ("--ratio", "0.25", "--checkpoint", "fit.st")
-    succeed(capsys, "compress", "plain.safetensors", "-o", "out.safetensors", *options)
+    text = succeed(capsys, "compress", "plain.safetensors", "-o", "out.safetensors", *options)
+    assert "error of each layer" in text
     assert received["init"] == "fit"
     assert received["fit_options"] == {"progress": True, "checkpoint": Path("fit.st")}
 

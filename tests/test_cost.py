@@ -449,7 +449,7 @@ def test_json() -> None:
 
 def test_table() -> None:
     text = str(cost(hashed_network(), INPUT))
-    _, layers, _, totals = text.split("\n\n")
+    _, layers, _, totals, _ = text.split("\n\n")
     assert len(layers.splitlines()) == 1 + 6
     assert [line.split()[0] for line in totals.splitlines()[1::2]] == list(cost_model.METHODS)
     assert "16 x 48" in layers

@@ -130,6 +130,8 @@ def compress(
     )
     save(compressed, output)
     print(report.to_json() if as_json else report.table())
+    if report.fit is not None and not as_json:
+        print(f"\n{report.fit.table()}")
     _say(f"Wrote {output}, {output.stat().st_size:,} bytes.")
 
 
@@ -213,13 +215,14 @@ def cost(
             raise typer.BadParameter("goes with a safetensors file", param_hint="--positions")
         if not is_file(source) and input_shape is None:
             raise typer.BadParameter(_NEEDS_INPUT, param_hint="--input")
-        model = _hashed(load_model(source, weights), ratio)
+        model, note = _hashed(load_model(source, weights), ratio)
     with _working("counting"):
         if input_shape is None:
             result = cost_model.weight_cost(model, positions or 1)
         else:
             result = cost_model.cost(model, input_shape, dtype=_dtype(dtype))
     print(result.to_json() if as_json else result.table())
+    _say(note)
 
 
 @app.command()
@@ -253,12 +256,13 @@ def bench(
             raise typer.BadParameter(_NEEDS_INPUT, param_hint="--input")
         if threads is not None:
             torch.set_num_threads(threads)
-        compressed = _hashed(load_model(source, weights), ratio)
+        compressed, note = _hashed(load_model(source, weights), ratio)
         dense = materialize(compressed)
         input = _example(input_shape, _dtype(dtype))
     with _progress("timing", repeats) as advance:
         speed = compare(dense, compressed, input, training, repeats, advance)
     print(speed.to_json() if as_json else speed.table())
+    _say(note)
 
 
 @app.command()
@@ -304,14 +308,15 @@ def _require_output(output: Path, *inputs: Path | None) -> None:
             raise typer.BadParameter("must not be a file that is read", param_hint="--output")
 
 
-def _hashed(model: nn.Module, ratio: float) -> nn.Module:
-    """The model, compressed from scratch if it is dense."""
+def _hashed(model: nn.Module, ratio: float) -> tuple[nn.Module, str]:
+    """The model, compressed from scratch if it is dense, and what to say of that."""
     from hfh.checkpoint_contents import hashed_layers
     from hfh.compress import compress
 
     if any(hashed_layers(model)):
-        return model
-    return compress(model, ratio, seed=0)[0]
+        return model, "It was compressed already."
+    compressed, report = compress(model, ratio, seed=0)
+    return compressed, f"Compressed from scratch to {report.ratio:.4g} of the parameters."
 
 
 def _dtype(name: str) -> torch.dtype:

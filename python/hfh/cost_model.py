@@ -90,7 +90,9 @@ class Cost:
         of_method = ("method", "parameters", "bytes", "Adam's bytes", "pass", *operations)
         return (
             f"Each layer, {method}, forward pass:\n\n{text_table(of_layer, layers, num_left=3)}\n\n"
-            f"All layers:\n\n{text_table(of_method, methods)}"
+            f"All layers:\n\n{text_table(of_method, methods)}\n\n"
+            "Counted, not timed. Hash: operations on 32-bit integers. Gathers: runs of neighbours\n"
+            "read at a hashed or stored place. G: operations of signs, g and scale."
         )
 
     def __str__(self) -> str:
