@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hfh import checkpoint, cli, sources
 from hfh.compress import compress
+from hfh.model_speed import compare
 from tests.models import make_model
 
 MODELS = """
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 def network():
     torch.manual_seed(0)
@@ -248,6 +249,35 @@ def test_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "lstm.recurrent_l0" in text
     text = succeed(capsys, "bench", "some_models:instance", "--input", "1,2,4,4", "--repeats", 1)
     assert "compressed" in text
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_both_models_run_in_the_mode_that_is_timed(training: bool) -> None:
+    modes: dict[str, list[tuple[bool, bool]]] = {"dense": [], "compressed": []}
+
+    class Recorded(nn.Linear):
+        def __init__(self, name: str) -> None:
+            super().__init__(3, 2)
+            self.name = name
+
+        def forward(self, input: Tensor) -> Tensor:
+            modes[self.name].append((self.training, torch.is_inference_mode_enabled()))
+            return super().forward(input)
+
+    repeats: list[None] = []
+    dense, compressed = Recorded("dense"), Recorded("compressed")
+    speed = compare(
+        dense.train(not training),
+        compressed,
+        torch.ones(1, 3),
+        training,
+        3,
+        lambda: repeats.append(None),
+    )
+    assert len(repeats) == speed.repeats == 3
+    assert modes["dense"] == modes["compressed"]
+    assert set(modes["dense"]) == {(training, not training)}
+    assert dense.weight.grad is None
 
 
 def test_cost_of_a_file_and_of_its_model_agree(

@@ -176,6 +176,9 @@ def materialize(
         else:
             compressed = checkpoint.load(source, load_model(model))
         dense = checkpoint_contents.describe(materialize(compressed))
+    if dense.extra_states:
+        keys = ", ".join(dense.extra_states)
+        raise ValueError(f"{source} holds what a file of tensors cannot: {keys}")
     # Ties are noted as safetensors' own save_model does it.
     tensor_file.write(output, dense.tensors, {"format": "pt", **dense.aliases})
     numbers = sum(tensor.numel() for tensor in dense.tensors.values())

@@ -228,7 +228,7 @@ def _watched(model: nn.Module, uses: dict[nn.Module, Use]) -> Iterator[None]:
     layers = [layer for layer in model.modules() if isinstance(layer, counted)]
     handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in layers]
     training = {module: module.training for module in model.modules()}
-    # torch.nn's transformer layers otherwise compute without calling the layers inside them.
+    # torch.nn's encoders otherwise hand nested tensors to their layers, or do not call them.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
