@@ -85,9 +85,13 @@ def test_dropout_between_layers(name: str) -> None:
     layer.train()
     once, again = layer(input)[0], layer(input)[0]
     assert not torch.equal(once, again)
-    # All that enters the second layer is dropped: what comes out is the same for any input.
+    # All that enters the second layer is dropped, and nothing before: what comes out is the same
+    # for any input, but the first layer's last state is not.
     layer.dropout = 1.0
-    assert torch.equal(layer(input)[0], layer(2 * input)[0])
+    (output, states), (other_output, other_states) = layer(input), layer(2 * input)
+    assert torch.equal(output, other_output)
+    first, other_first = (next(tensors(value))[0] for value in (states, other_states))
+    assert not torch.equal(first, other_first)
 
 
 @pytest.mark.parametrize("name", KINDS)

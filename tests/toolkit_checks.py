@@ -23,6 +23,14 @@ TOLERANCE = 1e-9
 """In float64, over many products in another order."""
 
 
+def beside(layer: nn.Module) -> Any:
+    """A model that can be compressed whatever becomes of the layer in it."""
+    model = nn.Sequential()
+    model.add_module("large", nn.Linear(256, 256))
+    model.add_module("layer", layer)
+    return model
+
+
 def assert_same_as_dense(
     hashed: nn.Module, run: Callable[[nn.Module], Any], inputs: Iterable[Tensor]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfh.defaults import BLOCK, layer_block
+from hfh.defaults import layer_block
 from hfh_kernels import functional
 from hfh_kernels.nn import HFHLinear, Pool
 from hfh_kernels.spec import require_int
@@ -69,7 +69,7 @@ class HFHMultiheadAttention(nn.Module):
         batch_first: bool = False,
         *,
         pool: Pool,
-        block: int = BLOCK,
+        block: int = 32,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **hash_arguments: Any,
@@ -179,8 +179,8 @@ class HFHMultiheadAttention(nn.Module):
         elif not self.batch_first:
             q, k, v = (part.transpose(0, 1) for part in (q, k, v))
         mask = self._mask(q, k, attn_mask, key_padding_mask)
-        # The hint says nothing of keys that are added here, which every query attends to.
-        is_causal = is_causal and key_padding_mask is None and not need_weights
+        # The hint says nothing of padding, nor of keys added here, which every query attends to.
+        is_causal = is_causal and key_padding_mask is None
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat((k, self.bias_k.expand(len(k), -1, -1)), dim=1)
             v = torch.cat((v, self.bias_v.expand(len(v), -1, -1)), dim=1)

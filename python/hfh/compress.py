@@ -40,6 +40,7 @@ def compress(
     init: Literal["scratch", "fit"] = "scratch",
     seed: int | torch.Generator | None = None,
     inplace: bool = False,
+    importance: Mapping[nn.Module, Tensor] | None = None,
     fit_options: Mapping[str, Any] | None = None,
 ) -> tuple[ModuleType, Report]:
     """A model of ``ratio`` times the parameters: its weights are hashed from one pool.
@@ -76,7 +77,9 @@ def compress(
         seed: of the pool and every g: an int, or a generator to draw it from; by default torch's
             own random numbers.
         inplace: change ``model`` itself instead of a copy.
-        fit_options: keyword arguments of :func:`hfh.fit.fit`.
+        importance: for init="fit", second moments of the inputs of layers of ``model``, as
+            :func:`hfh.moments.second_moments` measures them.
+        fit_options: other keyword arguments of :func:`hfh.fit.fit`: progress, checkpoint ...
 
     Returns:
         The model and a report: a row a layer, and totals.
@@ -86,7 +89,9 @@ def compress(
         ValueError: an argument is out of range; no layer can be compressed; no pool meets the
             ratio within 2%, with the smallest one that can be met; or the model cannot be copied.
     """
-    _check(model, ratio, min_size, init, inplace, fit_options)
+    _check(model, ratio, min_size, init, inplace)
+    if init != "fit" and (importance or fit_options):
+        raise ValueError(f"importance and fit_options go with init='fit', received init={init!r}")
     reconstruction = Reconstruction(depth, width, activation)
     rules = [skip] if isinstance(skip, (str, type)) or callable(skip) else list(skip)
     selection = select(model, rules, min_size)
@@ -117,10 +122,7 @@ def compress(
         }
     fitted = None
     if init == "fit":
-        from hfh.fit import fit
-
-        matrices = {layer: weight.detach().flatten(1) for weight, layer in builder.layers.items()}
-        fitted = fit(matrices, **(fit_options or {}))
+        fitted = builder.fit(selection.candidates, importance or {}, fit_options or {})
     report = Report(
         rows=_rows(selection, replacements),
         dense_parameters=dense_parameters,
@@ -140,7 +142,6 @@ def _check(
     min_size: object,
     init: object,
     inplace: bool,
-    fit_options: Mapping[str, Any] | None,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, received {type(model).__name__}")
@@ -151,8 +152,6 @@ def _check(
     require_int("min_size", min_size, 0, 2**63)
     if init not in ("scratch", "fit"):
         raise ValueError(f"init must be 'scratch' or 'fit', received {init!r}")
-    if fit_options and init != "fit":
-        raise ValueError(f"fit_options must be empty with init={init!r}, received {fit_options}")
     if inplace and kinds.of_dense(model) is not None:
         raise ValueError("inplace must be False for a model that is itself the layer to replace")
 
@@ -260,6 +259,31 @@ class _Builder:
             layer.theta, layer.hash_spec = other.theta, other.hash_spec
             layer.scale = other.scale
 
+    def fit(
+        self,
+        candidates: Iterable[Candidate],
+        importance: Mapping[nn.Module, Tensor],
+        options: Mapping[str, Any],
+    ) -> Any:
+        """Fit the layers to the weights they stand for; those of a tied one count once."""
+        from hfh.fit import fit
+
+        names: dict[HFHLayer, str] = {}
+        moments: dict[HFHLayer, Tensor] = {}
+        for candidate in candidates:
+            for place, weight in candidate.weights.items():
+                layer = self.layers[weight]
+                names.setdefault(layer, _path(candidate, place))
+                if place == "" and candidate.module in importance:
+                    moments.setdefault(layer, importance[candidate.module])
+        matrices = {layer: weight.detach().flatten(1) for weight, layer in self.layers.items()}
+        return fit(matrices, importance=moments, names=names, **options)
+
+
+def _path(candidate: Candidate, place: str) -> str:
+    """Of a submodule of the layer that takes the candidate's place."""
+    return ".".join(part for part in (candidate.name, place) if part)
+
 
 def _scale(weight: Tensor) -> float | None:
     """The root mean square; None where it is no scale: zeros, no data, or not finite."""
@@ -279,9 +303,8 @@ def _rows(selection: Selection, replacements: Mapping[nn.Module, nn.Module]) -> 
         for place, weight in candidate.weights.items():
             layer = replacements[candidate.module].get_submodule(place)
             assert isinstance(layer, HFHLayer)
-            name = ".".join(part for part in (candidate.name, place) if part)
             row = Row.of_layer(
-                name,
+                _path(candidate, place),
                 type(candidate.module).__name__,
                 layer,
                 tuple(weight.shape),

@@ -1,21 +1,21 @@
-"""The default hash and g, chosen here and nowhere else.
+"""The default hash and g, chosen here and nowhere else, for whole models.
 
-Four hashes: fewer cost accuracy, more cost time. A reconstruction network of one hidden layer of
-four units, as of :class:`hfh_kernels.nn.HFHLinear`; ``depth=1`` is the linear g.
+Four hashes and a linear g. ``bench/default_hash.py`` compares them with blocks of 1, with the whole
+pool for every row and with a g of one hidden layer. A linear g is the fastest: it takes the fewest
+operations a weight, and it lets a kernel multiply pool slots by inputs instead of making weights.
 
-Blocks of 32 neighbouring columns: a slot of the pool is 128 bytes of float32 or 64 of bfloat16, so
+Blocks of 64 neighbouring columns: a slot of the pool is 256 bytes of float32 or 128 of bfloat16, so
 any part of it is whole 16-byte loads on a GPU and whole vector registers on a CPU, and the hash is
-paid once for 32 weights.
+paid once for 64 weights.
 
 Windows of 64 KiB wherever the pool is larger: then what a group of rows reads fits the shared
-memory of a GPU's multiprocessor (up to 227 KiB on an H100, 99 KiB on an RTX 4090, 64 KiB on a T4).
-A window is part of the hash: it cannot be added to a trained network later. Windows start at
-hashed places, so a pool element may lie in none and would be lost. ``rows_per_window`` therefore
-comes from the network: its windows hold every element ``MIN_WINDOWS`` times on average, if need be
-with fewer rows than ``MAX_ROWS_PER_WINDOW`` each, and a share of about exp(-MIN_WINDOWS) is lost. A
-pass over the network that loads each window once then reads the pool that many times.
-
-What these cost in accuracy against blocks of 1 without a window: ``bench/default_hash.py``.
+memory of a GPU's multiprocessor (a block of threads may have 227 KiB of it on an H100, 99 KiB on an
+RTX 4090, 64 KiB on a T4). A window is part of the hash: it cannot be added to a trained network
+later. Windows start at hashed places, so a pool element may lie in none and would be lost.
+``rows_per_window`` therefore comes from the network: its windows hold every element ``MIN_WINDOWS``
+times on average, if need be with fewer rows than ``MAX_ROWS_PER_WINDOW`` each, and a share of about
+exp(-MIN_WINDOWS) is lost. A pass over the network that loads each window once then reads the pool
+that many times.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import torch
 from hfh_kernels.spec import MAX_BLOCK, HashSpec
 
 NUM_HASHES = 4
-DEPTH = 2
+DEPTH = 1
 WIDTH = 4
 ACTIVATION = "relu"
-BLOCK = 32
+BLOCK = 64
 WINDOW_BYTES = 64 * 1024
 MAX_ROWS_PER_WINDOW = 32
 MIN_WINDOWS = 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from hfh.defaults import BLOCK, layer_block
+from hfh.defaults import layer_block
 from hfh_kernels.nn import HFHLinear, Pool
 from hfh_kernels.spec import require_int
 
@@ -41,7 +41,7 @@ class _HFHRecurrent(nn.Module):
         proj_size: int = 0,
         *,
         pool: Pool,
-        block: int = BLOCK,
+        block: int = 32,
         **hash_arguments: Any,
     ) -> None:
         super().__init__()

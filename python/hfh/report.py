@@ -119,10 +119,9 @@ class Report:
         return self.table()
 
     def to_json(self) -> str:
-        """Rows and totals as one JSON object; ``fit`` as its own ``to_dict`` where it has one."""
+        """Rows, totals and the report of the fit as one JSON object."""
         fields = {name: getattr(self, name) for name in _TOTALS}
-        to_dict = getattr(self.fit, "to_dict", None)
-        fields["fit"] = to_dict() if to_dict else None
+        fields["fit"] = None if self.fit is None else json.loads(self.fit.to_json())
         return json.dumps({"rows": [asdict(row) for row in self.rows], **fields})
 
 
