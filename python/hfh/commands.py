@@ -218,12 +218,13 @@ def cost(
             raise typer.BadParameter("goes with a safetensors file", param_hint="--positions")
         if not is_file(source) and input_shape is None:
             raise typer.BadParameter(_NEEDS_INPUT, param_hint="--input")
+        input_dtype = _dtype(dtype)
         model, note = _hashed(load_model(source, weights), ratio)
     with _working("counting"):
         if input_shape is None:
             result = cost_model.weight_cost(model, positions or 1)
         else:
-            result = cost_model.cost(model, input_shape, dtype=_dtype(dtype))
+            result = cost_model.cost(model, input_shape, dtype=input_dtype)
     print(result.to_json() if as_json else result.table())
     _say(note)
 
@@ -259,9 +260,9 @@ def bench(
             raise typer.BadParameter(_NEEDS_INPUT, param_hint="--input")
         if threads is not None:
             torch.set_num_threads(threads)
+        input = _example(input_shape, _dtype(dtype))
         compressed, note = _hashed(load_model(source, weights), ratio)
         dense = materialize(compressed)
-        input = _example(input_shape, _dtype(dtype))
     with _progress("timing", repeats) as advance:
         speed = compare(dense, compressed, input, training, repeats, advance)
     print(speed.to_json() if as_json else speed.table())
