@@ -252,7 +252,8 @@ def test_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "4.weight" in succeed(capsys, "inspect", "plain.safetensors")
     text = succeed(capsys, "cost", "some_models:Recurrent", "--input", "2,7", "--dtype", "int64")
     assert "lstm.recurrent_l0" in text
-    text = succeed(capsys, "bench", "some_models:instance", "--input", "1,2,4,4", "--repeats", 1)
+    options = ("--input", "1,2,4,4", "--repeats", 1, "--ratio", "1/4")
+    text = succeed(capsys, "bench", "some_models:instance", *options)
     assert "compressed" in text
 
 
