@@ -30,6 +30,10 @@ def network():
         nn.Linear(256, 48), nn.ReLU(), nn.Linear(48, 5),
     )
 
+def wide():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 128))
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -217,6 +221,21 @@ def test_fit_is_the_default(
     assert received["fit_options"] == {"progress": True, "checkpoint": Path("fit.st")}
 
 
+def test_calibration_fits_the_outputs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("hfh.moments")
+    # Few directions, so that outputs can be fitted though weights cannot.
+    inputs = torch.randn(64, 3) @ torch.randn(3, 32)
+    safetensors.torch.save_file({"a": inputs[:32], "b": inputs[32:].clone()}, "inputs.safetensors")
+    errors = []
+    for options in ((), ("--calibration", "inputs.safetensors")):
+        arguments = ("some_models:wide", "-o", "out.safetensors", "--ratio", "1/4", "--block", 1)
+        succeed(capsys, "compress", *arguments, *options)
+        dense = sources.load_model("some_models:wide")
+        hashed = checkpoint.load("out.safetensors", sources.load_model("some_models:wide"))
+        errors.append((hashed(inputs) - dense(inputs)).norm() / dense(inputs).norm())
+    assert errors[1] < 0.1 * errors[0]
+
+
 def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--init", "scratch", "--ratio", "1/4", "-o", "out.safetensors", "--json")
     report = json.loads(succeed(capsys, "compress", "plain.safetensors", *options))
@@ -307,6 +326,7 @@ def test_cost_of_a_file_and_of_its_model_agree(
         ("compress plain.safetensors -o plain.safetensors", "must not be a file that is read"),
         ("materialize plain.safetensors -o plain.safetensors", "must not be a file that is read"),
         ("compress plain.safetensors -o x --init scratch --checkpoint y", "goes with --init fit"),
+        ("compress plain.safetensors -o x --calibration y", "a model that runs, package.module"),
         ("compress plain.safetensors -o x --init best", "'best' is not one of 'fit', 'scratch'"),
         ("cost plain.safetensors --input 1,2", "--input: goes with package.module:factory"),
         ("cost plain.safetensors --positions 0", "must be at least 1, received 0"),

@@ -89,6 +89,14 @@ def compress(
     block: Annotated[int | None, number("Neighbouring columns that share a draw.")] = None,
     min_size: Annotated[int | None, number("Weights of the smallest layer to compress.")] = None,
     seed: Annotated[int | None, number("Of the random numbers that pool and g start as.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Inputs of the model, a batch in each tensor of this safetensors file: fit the "
+            "outputs of layers, not their weights. Far better where there is data.",
+        ),
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -105,6 +113,12 @@ def compress(
     one into a model.
     """
     _require_output(output, Path(source), weights)
+    for name, path in (("--checkpoint", checkpoint), ("--calibration", calibration)):
+        if path is not None and init is not Init.FIT:
+            raise typer.BadParameter("goes with --init fit", param_hint=name)
+    if calibration is not None and Path(source).exists():
+        message = "needs a model that runs, package.module:factory"
+        raise typer.BadParameter(message, param_hint="--calibration")
     with _working(f"reading {source}"):
         from hfh.checkpoint import save
         from hfh.compress import compress
@@ -120,14 +134,12 @@ def compress(
         "seed": seed,
     }
     given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    fit_options: dict[str, Any] = {}
     if init is Init.FIT:
-        fit_options = {"progress": True, "checkpoint": checkpoint}
-    elif checkpoint is not None:
-        raise typer.BadParameter("goes with --init fit", param_hint="--checkpoint")
-    compressed, report = compress(
-        model, ratio, skip=skip or (), init=init.value, fit_options=fit_options, **given
-    )
+        given["fit_options"] = {"progress": True, "checkpoint": checkpoint}
+    if calibration is not None:
+        with _working(f"running the model on {calibration}"):
+            given["importance"] = _second_moments(model, calibration)
+    compressed, report = compress(model, ratio, skip=skip or (), init=init.value, **given)
     save(compressed, output)
     print(report.to_json() if as_json else report.table())
     if report.fit is not None and not as_json:
@@ -301,6 +313,15 @@ def demo(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     demo(settings, output, as_json)
+
+
+def _second_moments(model: nn.Module, calibration: Path) -> dict[nn.Module, torch.Tensor]:
+    from hfh.moments import second_moments
+    from hfh.tensor_file import read
+
+    batches, _ = read(calibration)
+    moments: dict[nn.Module, torch.Tensor] = second_moments(model.eval(), batches.values())
+    return moments
 
 
 def _require_output(output: Path, *inputs: Path | None) -> None:
