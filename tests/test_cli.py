@@ -104,9 +104,18 @@ def run(*arguments: str, missing: str = "nothing") -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"]])
-def test_help_needs_no_torch(arguments: list[str]) -> None:
-    result = run(*arguments)
+@pytest.mark.parametrize("command", ["compress", "inspect", "cost", "bench", "materialize"])
+def test_help_shows_how_a_factory_is_named(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rich takes a name between colons for an emoji."""
+    text = "".join(succeed(capsys, command, "--help").replace("│", "").split())
+    assert "package.module:factory" in text or "MODULE:FACTORY" in text
+    assert all(ord(character) < 0x1F000 for character in text)
+
+
+def test_help_needs_no_torch() -> None:
+    result = run("compress", "--help")
     assert result.returncode == 0
     assert "Usage: hfh" in result.stdout
     assert result.stderr == "False\n"

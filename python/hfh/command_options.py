@@ -48,7 +48,8 @@ def _sizes(text: str) -> Sizes:
 
 
 _FILE_OR_FACTORY = (
-    "A safetensors file, or package.module:factory: a torch.nn.Module or a function that makes one."
+    "A safetensors file, or a torch.nn.Module or a function that makes one, as "
+    "package.module:factory."
 )
 Source = Annotated[str, typer.Argument(metavar="SOURCE", help=_FILE_OR_FACTORY, show_default=False)]
 Factory = Annotated[

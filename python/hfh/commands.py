@@ -108,9 +108,9 @@ def compress(
 ) -> None:
     """Compress a model, or the weights of a safetensors file, into a new safetensors file.
 
-    Of a file, weights of two to four dimensions named *.weight are compressed and all else is kept.
-    hfh materialize gives back a file with the names of the first, and hfh.load reads the compressed
-    one into a model.
+    Of a file, weights named *.weight with 2 to 4 dimensions are compressed, all else kept.
+
+    hfh materialize turns it back; hfh.load reads it into the model it is of.
     """
     _require_output(output, Path(source), weights)
     for name, path in (("--checkpoint", checkpoint), ("--calibration", calibration)):
@@ -296,10 +296,9 @@ def demo(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train dense, HashedNets and HFH networks on scikit-learn's digits, then time a layer.
+    """Train dense, HashedNets and HFH networks on digits, then time a 4096 x 4096 layer.
 
-    The layer is of 4096 x 4096 weights, against F.linear. Prints two tables, writes demo.png and
-    demo.json.
+    Prints two tables, writes demo.png and demo.json.
     """
     try:
         from hfh.demo.command import demo
