@@ -198,9 +198,10 @@ class TestSkips:
         hooked.out_proj.register_forward_hook(lambda *arguments: None)
         assert "hooks" in str(reason_of(hooked))
         assert reason_of(nn.MultiheadAttention(64, 4), skip="*.out_proj") == "skip='*.out_proj'"
-        model = beside(hooked)
-        model.alias = hooked.out_proj
-        assert type(compress(model, 0.6)[0].alias) is type(hooked.out_proj)
+        model = beside(nn.MultiheadAttention(64, 4))
+        model.alias = model.layer.out_proj
+        alias = compress(model, 0.9, skip="layer")[0].alias
+        assert type(alias) is type(model.alias)
 
     @pytest.mark.parametrize(
         ("skip", "left"),
