@@ -27,6 +27,7 @@ def outputs(model: nn.Module, sample: Sample) -> Tensor:
     return output
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
 def test_round_trip(sample: Sample, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
