@@ -122,11 +122,11 @@ def test_command_writes_its_files(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "hfh: error: the following arguments are required: command"),
+        ([], "hfh: error: Missing command."),
         (["demo", "--quick", "--seeds", "0"], "seeds must be at least 1, received 0"),
         (["demo", "--threads", "-1"], "threads must be at least 1, received -1"),
-        (["demo", "--seeds", "two"], "invalid int value: 'two'"),
-        (["demo", "--slow"], "unrecognized arguments: --slow"),
+        (["demo", "--seeds", "two"], "must be an integer, received 'two'"),
+        (["demo", "--slow"], "No such option: --slow"),
     ],
 )
 def test_wrong_arguments_are_one_line(

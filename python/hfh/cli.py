@@ -1,76 +1,52 @@
-"""The command ``hfh``."""
+"""The command ``hfh``: what is said and returned whichever command runs."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import NoReturn
-
-from hfh_kernels import __version__
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; wrong arguments raise SystemExit(2)."""
-    parser = _Parser(prog="hfh", description="Homologically functional hashing.")
-    parser.add_argument("--version", action="version", version=f"hfh {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    demo_parser = commands.add_parser("demo", help="train and time compressed networks")
-    _add_demo_options(demo_parser)
-    options = parser.parse_args(arguments)
+    """Run the command line and return its exit status; wrong arguments raise SystemExit(2).
+
+    Errors are one line on standard error. ``hfh --traceback ...`` shows where they come from.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _demo(options, demo_parser)
-    except (ImportError, OSError) as error:
-        print(f"hfh: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("hfh: interrupted", file=sys.stderr)
-        return 130
+        from typer.exceptions import TyperException
 
-
-def _add_demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Train dense, HashedNets and HFH networks on scikit-learn's digits, then time a "
-        "4096 x 4096 layer against F.linear. Prints two tables, writes demo.png and demo.json."
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("demo_results"),
-        metavar="DIR",
-        help="where to write (default: %(default)s)",
-    )
-    parser.add_argument("--seeds", type=int, metavar="N", help="trainings a method (default: 5)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: as torch chooses")
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: a check")
-    parser.add_argument(
-        "--tune", action="store_true", help="search the learning rates anew (half an hour)"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the results as JSON instead of tables"
-    )
-
-
-def _demo(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    try:
-        from hfh.demo.command import demo
-        from hfh.demo.run import QUICK, Settings
+        from hfh.commands import app
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error}; pip install 'hfh-kernels[demo]'") from error
-    chosen = {"seeds": options.seeds, "threads": options.threads, "tune": options.tune}
-    named = {name: value for name, value in chosen.items() if value is not None}
+        return _fail(f"{error}; pip install 'hfh-kernels[toolkit]'")
     try:
-        settings = replace(QUICK if options.quick else Settings(), **named)
-    except ValueError as error:
-        parser.error(str(error))
-    demo(settings, options.output, options.json)
-    return 0
+        status = app(arguments, prog_name="hfh", standalone_mode=False)
+    except TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = "hfh" if context is None else context.command_path
+        raise SystemExit(_fail(error.format_message(), command, error.exit_code)) from None
+    except Exception as error:
+        if arguments[:1] == ["--traceback"]:
+            raise
+        return _fail(_describe(error))
+    if status == INTERRUPTED:
+        print("hfh: interrupted", file=sys.stderr)
+    return status if isinstance(status, int) else 0
+
+
+INTERRUPTED = 130
+
+
+def _describe(error: Exception) -> str:
+    """What kind of error it is only where the message was not written for users."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; pip install 'hfh-kernels[toolkit]'"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ImportError, OSError, ValueError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _fail(message: str, command: str = "hfh", status: int = 1) -> int:
+    print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -9,13 +9,17 @@ from time import perf_counter
 
 
 def interleaved_medians(
-    functions: dict[str, Callable[[], object]], repeats: int, warmup: int
+    functions: dict[str, Callable[[], object]],
+    repeats: int,
+    warmup: int,
+    on_repeat: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Median seconds of one call of each function.
 
     All functions take turns within each repeat, so that a slow spell of the machine hits all of
     them, and in an order shuffled anew each time, so that none always follows the same other.
     Nothing is synchronised: for CPU functions, or for those that wait for their device.
+    ``on_repeat`` is called after each repeat but those of the warm-up.
 
     Raises:
         ValueError: functions is empty, repeats < 1 or warmup < 0.
@@ -37,4 +41,6 @@ def interleaved_medians(
             elapsed = perf_counter() - start
             if repeat >= 0:
                 seconds[name].append(elapsed)
+        if repeat >= 0 and on_repeat is not None:
+            on_repeat()
     return {name: statistics.median(values) for name, values in seconds.items()}
