@@ -238,7 +238,9 @@ def linear_calls(shape: GPULinear, batch: int) -> Calls:
     }
 
 
-def _of(layer: HFHLayer, dtype: torch.dtype) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+def _of(
+    layer: HFHLayer, dtype: torch.dtype
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[Any, ...]]:
     """A layer's parameters, and the trailing arguments of its operators."""
     weight = weight_fields(layer.hash_spec, layer.reconstruction, layer.scale, 0, 0)
     return (layer.pool.weight.to(dtype), layer.theta), weight
