@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,16 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hfh.fit_minimizers import (
-    Parameters,
-    Problem,
-    linear_round,
-    linear_start,
-    nonlinear_round,
-    nonlinear_start,
-    normalized,
-)
-from hfh.fit_problem import build_problem, rows_by_rank
+from hfh.fit_linear import linear_round, linear_start, normalized
+from hfh.fit_nonlinear import nonlinear_round, nonlinear_start
+from hfh.fit_problem import Parameters, Problem, build_problem, rows_by_rank
 from hfh.fit_state import State, StateFile
 from hfh.progress import progress_bar
 from hfh_kernels.nn.dense_rows import DenseRows
@@ -93,6 +86,9 @@ class FitReport:
         return json.dumps({**asdict(self), "expected_error": self.expected_error})
 
 
+_SMALLEST_LEARNING_RATE = 1e-3
+
+
 def fit(
     weights: Mapping[HFHLayer, Tensor],
     *,
@@ -110,7 +106,7 @@ def fit(
     Minimised is the sum over the layers of sqrt(elements of W) ||V - W||^2 / ||W||^2: between
     counting every layer alike, which spends the pool on small layers, and every weight alike, which
     neglects them. With a linear g everywhere, rounds of conjugate gradients for the pool and exact
-    least squares for the thetas solve it; where some g is deeper, rounds of L-BFGS continue from
+    least squares for the thetas solve it; where some g is deeper, rounds of Adam continue from
     that solution. Pool and thetas need no particular values before. Memory beyond the weights is
     that of a few pools and a few times 2**22 weights.
 
@@ -154,7 +150,7 @@ def fit(
     file = None if checkpoint is None else StateFile(Path(checkpoint), problem, limits)
     state = None if file is None else file.load()
     if state is None:
-        state = State(linear_start(problem))
+        state = State(linear_start(problem.linear()))
     with progress_bar("fitting", limits.total(problem), progress) as show:
         show(state.rounds, f"error {state.error:.4f}")
         while state.stage != "done":
@@ -180,34 +176,38 @@ class _Limits(NamedTuple):
 def _advance(problem: Problem, state: State, limits: _Limits) -> State:
     """One round, which never raises the error, and what follows where it is a stage's last."""
     if state.stage == "linear":
-        state, is_last = _improve(problem.linear(), state, linear_round, limits.tolerance)
+        linear = problem.linear()
+        parameters = linear_round(linear, state.parameters)
+        state, has_gained = _better(linear, state, parameters, limits.tolerance)
         state = replace(state, linear_rounds=state.linear_rounds + 1, linear_error=state.error)
-        if not is_last and state.linear_rounds < limits.linear_rounds:
+        if has_gained and state.linear_rounds < limits.linear_rounds:
             return state
-        parameters = normalized(problem.linear(), state.parameters)
+        parameters = normalized(linear, state.parameters)
         if problem.is_deep:
             parameters = nonlinear_start(problem, parameters)
         stage = "nonlinear" if problem.is_deep and limits.nonlinear_rounds else "done"
         return replace(state, parameters=parameters, stage=stage, error=problem.error(parameters))
-    state, is_last = _improve(problem, state, nonlinear_round, limits.tolerance)
-    rounds = state.nonlinear_rounds + 1
-    stage = "done" if is_last or rounds == limits.nonlinear_rounds else "nonlinear"
-    return replace(state, nonlinear_rounds=rounds, stage=stage)
+    parameters = nonlinear_round(problem, state.parameters, state.learning_rate)
+    state, has_gained = _better(problem, state, parameters, limits.tolerance)
+    state = replace(state, nonlinear_rounds=state.nonlinear_rounds + 1)
+    if not has_gained:
+        state = replace(state, learning_rate=state.learning_rate / 3)
+    is_last = (
+        state.nonlinear_rounds == limits.nonlinear_rounds
+        or state.learning_rate < _SMALLEST_LEARNING_RATE
+    )
+    return replace(state, stage="done") if is_last else state
 
 
-def _improve(
-    problem: Problem,
-    state: State,
-    run_round: Callable[[Problem, Parameters], Parameters],
-    tolerance: float,
+def _better(
+    problem: Problem, state: State, parameters: Parameters, tolerance: float
 ) -> tuple[State, bool]:
-    """The better of the state before and after a round, and whether there is little to gain."""
-    parameters = run_round(problem, state.parameters)
+    """The state, with these parameters where they are better, and whether they are by enough."""
     error = problem.error(parameters)
-    is_last = not error < (1 - tolerance) * state.error
+    has_gained = error < (1 - tolerance) * state.error
     if error < state.error:
         state = replace(state, parameters=parameters, error=error)
-    return state, is_last
+    return state, has_gained
 
 
 @torch.no_grad()
@@ -216,11 +216,11 @@ def _set_parameters(
 ) -> None:
     next(iter(weights)).pool.weight.copy_(parameters.pool)
     for target in problem.targets:
-        target.layer.theta.copy_(parameters.thetas[target.theta])
-        if isinstance(target.layer, DenseRows) and target.layer.dense is not None:
-            target.layer.dense.copy_(
-                rows_by_rank(target.layer, weights[target.layer])[: target.row_offset]
-            )
+        layer = target.layer
+        layer.theta.copy_(parameters.thetas[target.theta])
+        dense = layer.dense if isinstance(layer, DenseRows) else None
+        if dense is not None:
+            dense.copy_(rows_by_rank(layer, weights[layer])[: target.row_offset])
 
 
 def _report(

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hfh.fit_error import Target
-from hfh.fit_minimizers import Problem
+from hfh.fit_error import Target, squared_error
 from hfh_kernels.nn.dense_rows import DenseRows
 from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.spec import Reconstruction
+
+
+class Parameters(NamedTuple):
+    """What is fitted: the pool [pool_size] and g's parameters, each [num_parameters]."""
+
+    pool: Tensor
+    thetas: list[Tensor]
+
+
+class Problem(NamedTuple):
+    """The targets, and the form of g and the number of its inputs behind each theta."""
+
+    targets: Sequence[Target]
+    networks: Sequence[Reconstruction]
+    num_hashes: Sequence[int]
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether some g is not linear."""
+        return any(network.depth > 1 for network in self.networks)
+
+    def linear(self) -> Problem:
+        """The same with a linear g in place of every deeper one."""
+        networks = [Reconstruction(min(network.depth, 1)) for network in self.networks]
+        return self._replace(networks=networks)
+
+    def error(self, parameters: Parameters) -> float:
+        """The squared error that is minimised."""
+        return squared_error(self.targets, *parameters, self.networks).value
 
 
 def build_problem(
@@ -57,6 +86,7 @@ def build_problem(
             for target, share in zip(targets, shares, strict=True)
         ],
         [network for _, network in forms.values()],
+        [num_hashes for num_hashes, _ in forms.values()],
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hfh.fit_error import Target
-from hfh.fit_minimizers import Parameters, Problem
+from hfh.fit_problem import Parameters, Problem
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class State:
         stage: "linear", "nonlinear" or "done".
         error: of the parameters, in the stage's own terms; infinite before the first round.
         linear_error: the last one of the linear stage.
+        learning_rate: of the next nonlinear round.
         linear_rounds, nonlinear_rounds: how many ran.
     """
 
@@ -33,6 +34,7 @@ class State:
     stage: str = "linear"
     error: float = math.inf
     linear_error: float = math.inf
+    learning_rate: float = 0.03
     linear_rounds: int = 0
     nonlinear_rounds: int = 0
 
