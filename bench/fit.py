@@ -38,7 +38,7 @@ BLOCK = 8
 BATCH_SIZE = 128
 DENSE_STEPS = 400
 DENSE_LEARNING_RATE = 3e-3
-POOL_LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+POOL_LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 OTHERS_LEARNING_RATE = 1 / 30
 """Of theta and biases, relative to the pool's."""
 TUNING_SEEDS = 2
@@ -318,39 +318,47 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     seeds, steps = (1, (5,)) if arguments.quick else (5, (25, 100))
-    start = time.perf_counter()
-    dense_rows, fits, trainings = [], [], []
-    for name in NETWORKS:
-        experiment = Experiment(name, [split(seed) for seed in range(seeds)])
-        dense_rows.append(experiment.dense_row())
-        for ratio in (4, 8):
-            for row in experiment.fit_rows(ratio):
-                fits.append(row)
-                _say(row, f"U{row['num_hashes']} depth {row['depth']}, moments {row['moments']}")
-            for depth in (1, 2):
-                for row in experiment.training_rows(ratio, depth, steps):
-                    trainings.append(row)
-                    _say(row, f"depth {depth}, {row['method']}, {row['steps']} steps")
-    report = {
-        "machine": machine.describe(),
-        "quick": arguments.quick,
-        "seeds": seeds,
-        "block": BLOCK,
-        "batch_size": BATCH_SIZE,
-        "dense_steps": DENSE_STEPS,
-        "dense_learning_rate": DENSE_LEARNING_RATE,
-        "others_learning_rate": OTHERS_LEARNING_RATE,
-        "tuning_seeds": min(TUNING_SEEDS, seeds),
-        "seconds": time.perf_counter() - start,
-        "dense": dense_rows,
-        "fits": fits,
-        "trainings": trainings,
-    }
+    report = described([run(name, seeds, steps) for name in NETWORKS])
     if not arguments.quick:
         RESULTS.mkdir(exist_ok=True)
         file = RESULTS / "fit.json"
         file.write_text(json.dumps(report, indent=1) + "\n")
         print(f"wrote {file}")
+
+
+def run(name: str, seeds: int, steps: tuple[int, ...]) -> dict[str, Any]:
+    """All rows of one dense architecture."""
+    start = time.perf_counter()
+    experiment = Experiment(name, [split(seed) for seed in range(seeds)])
+    fits, trainings = [], []
+    for ratio in (4, 8):
+        for row in experiment.fit_rows(ratio):
+            fits.append(row)
+            _say(row, f"U{row['num_hashes']} depth {row['depth']}, moments {row['moments']}")
+        for depth in (1, 2):
+            for row in experiment.training_rows(ratio, depth, steps):
+                trainings.append(row)
+                _say(row, f"depth {depth}, {row['method']}, {row['steps']} steps")
+    return {
+        **experiment.dense_row(),
+        "fits": fits,
+        "trainings": trainings,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def described(networks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results of all networks, with what they depend on."""
+    return {
+        "machine": machine.describe(),
+        "block": BLOCK,
+        "batch_size": BATCH_SIZE,
+        "dense_steps": DENSE_STEPS,
+        "dense_learning_rate": DENSE_LEARNING_RATE,
+        "others_learning_rate": OTHERS_LEARNING_RATE,
+        "tuning_seeds": TUNING_SEEDS,
+        "networks": networks,
+    }
 
 
 def _say(row: dict[str, Any], what: str) -> None:
