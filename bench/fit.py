@@ -38,7 +38,16 @@ BLOCK = 8
 BATCH_SIZE = 128
 DENSE_STEPS = 400
 DENSE_LEARNING_RATE = 3e-3
-POOL_LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+POOL_LEARNING_RATES = {False: (0.03, 0.1, 0.3, 1.0), True: (0.001, 0.003, 0.01, 0.03)}
+"""To choose from, from scratch and fitted: what is learnt already needs smaller steps."""
+FITS = (
+    (1, 0, False),
+    (1, 0, True),
+    (NUM_HASHES, 1, False),
+    (NUM_HASHES, 1, True),
+    (NUM_HASHES, 2, True),
+)
+"""Number of hashes, depth, and whether the fit knows the moments. One hash is HashedNets."""
 OTHERS_LEARNING_RATE = 1 / 30
 """Of theta and biases, relative to the pool's."""
 TUNING_SEEDS = 2
@@ -61,14 +70,6 @@ class Split(NamedTuple):
     train: Images
     validation: Images
     test: Images
-
-
-class Setting(NamedTuple):
-    """What is compressed, and how."""
-
-    network: str
-    ratio: int
-    depth: int
 
 
 class Method(NamedTuple):
@@ -221,39 +222,38 @@ class Experiment:
         return compressed(self.dense[seed], ratio, num_hashes=num_hashes, depth=depth)
 
     def fit_rows(self, ratio: int) -> Iterator[dict[str, Any]]:
-        """Every g, fitted with and without moments, as it is before any training."""
-        for num_hashes, depth in ((1, 0), (NUM_HASHES, 1), (NUM_HASHES, 2)):
-            for with_moments in (False, True):
-                networks, reports, seconds = [], [], []
-                for seed, (dense, data) in enumerate(zip(self.dense, self.splits, strict=True)):
-                    network = self.from_scratch(ratio, num_hashes, depth, seed)
-                    start = time.perf_counter()
-                    report = fit_to(network, dense, data.train.pixels if with_moments else None)
-                    seconds.append(time.perf_counter() - start)
-                    networks.append(network)
-                    reports.append(report)
-                if with_moments:
-                    self.fitted[ratio, depth] = networks
-                errors = {
-                    name: [_root_mean_square(report, name) for report in reports]
-                    for name in ("relative_error", "weighted_error")
-                }
-                tests = [
-                    error(network, data.test)
-                    for network, data in zip(networks, self.splits, strict=True)
-                ]
-                yield {
-                    "network": self.name,
-                    "ratio": ratio,
-                    "num_hashes": num_hashes,
-                    "depth": depth,
-                    "moments": with_moments,
-                    "num_parameters": num_parameters(networks[0]),
-                    **{name: summary(values) for name, values in errors.items()},
-                    "expected_error": reports[0].expected_error,
-                    "test_error": summary(tests),
-                    "seconds": summary(seconds),
-                }
+        """Fitted networks as they are before any training."""
+        for num_hashes, depth, with_moments in FITS:
+            networks, reports, seconds = [], [], []
+            for seed, (dense, data) in enumerate(zip(self.dense, self.splits, strict=True)):
+                network = self.from_scratch(ratio, num_hashes, depth, seed)
+                start = time.perf_counter()
+                report = fit_to(network, dense, data.train.pixels if with_moments else None)
+                seconds.append(time.perf_counter() - start)
+                networks.append(network)
+                reports.append(report)
+            if with_moments:
+                self.fitted[ratio, depth] = networks
+            errors = {
+                name: [_root_mean_square(report, name) for report in reports]
+                for name in ("relative_error", "weighted_error")
+            }
+            tests = [
+                error(network, data.test)
+                for network, data in zip(networks, self.splits, strict=True)
+            ]
+            yield {
+                "network": self.name,
+                "ratio": ratio,
+                "num_hashes": num_hashes,
+                "depth": depth,
+                "moments": with_moments,
+                "num_parameters": num_parameters(networks[0]),
+                **{name: summary(values) for name, values in errors.items()},
+                "expected_error": reports[0].expected_error,
+                "test_error": summary(tests),
+                "seconds": summary(seconds),
+            }
 
     def training_rows(
         self, ratio: int, depth: int, all_steps: tuple[int, ...]
@@ -288,7 +288,7 @@ class Experiment:
                         error(trained(method, steps, rate, seed), self.splits[seed].validation)
                         for seed in range(min(TUNING_SEEDS, len(self.splits)))
                     )
-                    for rate in POOL_LEARNING_RATES
+                    for rate in POOL_LEARNING_RATES[method.is_fitted]
                 }
                 rate = min(validation, key=validation.__getitem__)
                 tests = [

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,9 @@ from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.spec import Reconstruction
 from tests.tolerances import relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PERMUTATION = torch.randperm(50, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Nothing here is large enough for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_layers(
