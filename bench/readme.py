@@ -152,9 +152,7 @@ def demo_text(report: dict[str, Any]) -> str:
 def fit_text(report: dict[str, Any]) -> str:
     """Networks as they were fitted, then all as they were trained."""
 
-    def cell(row: dict[str, Any] | None) -> str:
-        if row is None:
-            return ""
+    def cell(row: dict[str, Any]) -> str:
         return f"{row['test_error']['mean']:.2f} ± {row['test_error']['standard_error']:.2f}"
 
     networks = report["networks"]
@@ -169,8 +167,9 @@ def fit_text(report: dict[str, Any]) -> str:
         fits.setdefault(name, {})[row["network"], row["ratio"]] = row
     lines = [
         f"Test error in %, mean and standard error of {seeds} seeds. The dense networks, and their "
-        f"parameters: {dense}. Straight after the fit, in brackets the error of the layers' "
-        "outputs, relative and root mean square over the layers:",
+        f"parameters: {dense}. Straight after the fit, in brackets the relative error that it "
+        "lowered: of the weights where it knew them alone, of the layers' outputs where it knew "
+        "their inputs' second moments:",
         "",
         "| | " + " | ".join(f"{name} at 1/{ratio}" for name, ratio in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -196,7 +195,8 @@ def fit_text(report: dict[str, Any]) -> str:
     ]
     for name, of_cells in trained.items():
         cells = (
-            ", ".join(cell(of_cells[(*column, count)]) for count in steps) for column in columns
+            ", ".join(cell(of_cells[network, ratio, count]) for count in steps)
+            for network, ratio in columns
         )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

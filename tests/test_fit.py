@@ -461,6 +461,13 @@ def test_layers_that_share_theta_need_the_same_network() -> None:
         fit({first: torch.ones(8, 8), second: torch.ones(8, 8)})
 
 
+def test_runs_without_gradients() -> None:
+    layers = make_layers(depth=0, num_hashes=1)
+    with torch.no_grad():
+        report = fit(random_weights(layers), linear_rounds=1)
+    assert report.error < 1
+
+
 def test_weights_of_zeros_are_fitted_exactly() -> None:
     layers = make_layers()
     report = fit({layer: torch.zeros(layer.weight_shape) for layer in layers})

@@ -152,7 +152,6 @@ def fit(
     if state is None:
         state = State(linear_start(problem.linear()))
     with progress_bar("fitting", limits.total(problem), progress) as show:
-        show(state.rounds, f"error {state.error:.4f}")
         while state.stage != "done":
             state = _advance(problem, state, limits)
             show(state.rounds, f"error {state.error:.4f}")

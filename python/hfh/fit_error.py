@@ -94,6 +94,7 @@ class Gradients(NamedTuple):
     thetas: list[Tensor]
 
 
+@torch.enable_grad()
 def squared_error(
     targets: Sequence[Target],
     pool: Tensor,

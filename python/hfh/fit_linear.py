@@ -36,8 +36,8 @@ def linear_round(problem: Problem, parameters: Parameters) -> Parameters:
 
     The virtual weight A(theta) p is linear in the pool p for a linear g, and linear in theta. The
     normal equations' products A^T M A p come from the kernels' own forward and backward passes:
-    no matrix A exists. Their condition number is small, as A is a random sparse matrix of more
-    rows than columns.
+    no matrix A exists. Without importance their condition number is small, A being a random sparse
+    matrix of more rows than columns; with it, a round's few steps leave the rest to the next.
     """
     targets, networks, _ = problem
 
@@ -99,8 +99,9 @@ def _best_thetas(problem: Problem, pool: Tensor, thetas: Sequence[Tensor]) -> li
             best.append(vector)
             continue
         matrix = torch.stack([column[index] for column in columns[:size]], dim=1).double()
-        # The pseudo-inverse, for a pool of zeros, say, leaves theta undetermined.
-        solution = torch.linalg.pinv(matrix, hermitian=True) @ -vector.double()
+        # The pseudo-inverse, for a pool of zeros or of one block leaves theta undetermined.
+        inverse = torch.linalg.pinv(matrix, rtol=1e-6, hermitian=True)
+        solution = inverse @ -vector.double()
         best.append(solution.to(vector))
     return best
 

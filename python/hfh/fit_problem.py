@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -101,6 +102,8 @@ def _squared_norm(target: Target) -> float:
     for _, rows in target.strips():
         matrix = rows.to(target.layer.pool.weight.device, target.dtype)
         total += float((target.weigh(matrix) * matrix).sum())
+    if not math.isfinite(total):
+        raise ValueError(f"weights must have squares in the range of {target.dtype}, received more")
     return total
 
 
