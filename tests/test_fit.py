@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -11,17 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hfh.fit
 import hfh.fit_error
 from hfh.fit import FitReport, fit
-from hfh.fit_linear import linear_round, linear_start
+from hfh.fit_error import squared_error
+from hfh.fit_linear import _conjugate_gradients, linear_round, linear_start
 from hfh.fit_nonlinear import nonlinear_start
 from hfh.fit_problem import Parameters, build_problem
 from hfh_kernels.functional import hash_index, materialize
 from hfh_kernels.nn import HFHConv2d, HFHEmbedding, HFHLinear, Pool
 from hfh_kernels.nn.layer import HFHLayer
+from hfh_kernels.ops.materialize.reference import split_theta
 from hfh_kernels.spec import Reconstruction
 from tests.tolerances import relative_error
+
+# The package may export the function under the same name.
+fit_module = importlib.import_module("hfh.fit")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,6 +152,14 @@ def test_a_round_solves_the_least_squares_problem_of_the_pool(shape: str | None)
     torch.testing.assert_close(pool, torch.from_numpy(solution), rtol=1e-6, atol=1e-6)
 
 
+def test_conjugate_gradients_end_after_as_many_steps_as_dimensions() -> None:
+    basis = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q
+    matrix = basis @ torch.logspace(0, 4, 12, dtype=torch.float64).diag() @ basis.T
+    wanted = torch.randn(12, dtype=torch.float64)
+    solution = _conjugate_gradients(lambda x: matrix @ x, matrix @ wanted)
+    torch.testing.assert_close(solution, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_neither_pool_nor_theta_alone_can_be_improved() -> None:
     layers = make_layers(dtype=torch.float64)
     weights = {layer: weight.double() for layer, weight in random_weights(layers).items()}
@@ -261,6 +274,20 @@ def test_deeper_networks_start_as_linear_ones(activation: str, depth: int, width
         assert relative_error(actual, wanted.double()) < tolerance
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_an_odd_unit_starts_with_a_gradient(depth: int) -> None:
+    layers = make_layers(depth=depth, width=3)[:1]
+    problem = build_problem(random_weights(layers), {}, 0.0)
+    deep = nonlinear_start(problem, Parameters(torch.randn(128), [torch.randn(4)]))
+    gradient = squared_error(problem.targets, *deep, problem.networks).thetas[0]
+    network = layers[0].reconstruction
+    output, of_output = (
+        split_theta(theta, 4, network)[-1][0] for theta in (deep.thetas[0], gradient)
+    )
+    assert output[0, -1] == 0
+    assert of_output[0, -1] != 0
+
+
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 @pytest.mark.parametrize(("depth", "width"), [(2, 4), (2, 3), (3, 2)])
 def test_deeper_networks_end_better_than_linear_ones(
@@ -276,7 +303,7 @@ def test_a_round_that_makes_it_worse_is_undone(monkeypatch: pytest.MonkeyPatch) 
     def spoil(problem: Any, parameters: Parameters, learning_rate: float) -> Parameters:
         return Parameters(parameters.pool + 1, parameters.thetas)
 
-    monkeypatch.setattr(hfh.fit, "nonlinear_round", spoil)
+    monkeypatch.setattr(fit_module, "nonlinear_round", spoil)
     layers = make_layers(depth=2)
     report = fit(random_weights(layers))
     assert report.error == pytest.approx(report.linear_error, rel=1e-4)
@@ -314,7 +341,7 @@ class Interrupted(Exception):
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
     """Let a round's function of hfh.fit run so often, then raise."""
-    run: Callable[..., Parameters] = getattr(hfh.fit, name)
+    run: Callable[..., Parameters] = getattr(fit_module, name)
     calls = iter(range(count))
 
     def interrupted(*arguments: Any) -> Parameters:
@@ -322,7 +349,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> N
             raise Interrupted
         return run(*arguments)
 
-    monkeypatch.setattr(hfh.fit, name, interrupted)
+    monkeypatch.setattr(fit_module, name, interrupted)
 
 
 @pytest.mark.parametrize(("name", "count"), [("linear_round", 2), ("nonlinear_round", 1)])
