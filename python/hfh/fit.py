@@ -87,6 +87,7 @@ class FitReport:
 
 
 _SMALLEST_LEARNING_RATE = 1e-3
+"""Of a nonlinear round: the stage ends before one that is smaller."""
 
 
 def fit(
@@ -107,7 +108,7 @@ def fit(
     counting every layer alike, which spends the pool on small layers, and every weight alike, which
     neglects them. With a linear g everywhere, rounds of conjugate gradients for the pool and exact
     least squares for the thetas solve it; where some g is deeper, rounds of Adam continue from
-    that solution. Pool and thetas need no particular values before. Memory beyond the weights is
+    that solution. What pool and thetas hold before does not matter. Memory beyond the weights is
     that of a few pools and a few times 2**22 weights.
 
     The error of trained weights themselves stays large, see :attr:`FitReport.expected_error`. That
@@ -127,8 +128,10 @@ def fit(
         importance: for any of the layers, E[x^2] [cols] of its inputs x, or E[x x^T] [cols, cols].
         names: of layers, for the report; by default class and number.
         damping: added to importance, relative to its mean on the diagonal.
-        linear_rounds, nonlinear_rounds: at most so many.
-        tolerance: a round that lowers the error by less than this part of it is the last one.
+        linear_rounds, nonlinear_rounds: at most so many. They cost some 40 and 300 times
+            materialising all weights and going back through them.
+        tolerance: a linear round that lowers the error by less than this part of it is the last;
+            a nonlinear one lowers the learning rate for those after it.
         progress: show progress on standard error.
         checkpoint: a file that is written, whole, after every round, and from which the same call
             continues to the same result. It stays when the fit is done. Needs safetensors.
