@@ -38,8 +38,7 @@ BLOCK = 8
 BATCH_SIZE = 128
 DENSE_STEPS = 400
 DENSE_LEARNING_RATE = 3e-3
-POOL_LEARNING_RATES = {False: (0.03, 0.1, 0.3, 1.0), True: (0.001, 0.003, 0.01, 0.03)}
-"""To choose from, from scratch and fitted: what is learnt already needs smaller steps."""
+POOL_LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 FITS = (
     (1, 0, False),
     (1, 0, True),
@@ -288,7 +287,7 @@ class Experiment:
                         error(trained(method, steps, rate, seed), self.splits[seed].validation)
                         for seed in range(min(TUNING_SEEDS, len(self.splits)))
                     )
-                    for rate in POOL_LEARNING_RATES[method.is_fitted]
+                    for rate in POOL_LEARNING_RATES
                 }
                 rate = min(validation, key=validation.__getitem__)
                 tests = [

@@ -49,10 +49,10 @@ def first_layer(model: nn.Sequential) -> HFHLinear:
 @pytest.mark.parametrize("teacher_weight", [None, 0.5, 1.0])
 def test_learns(teacher_weight: float | None) -> None:
     model, batches = make_model(), Batches()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"pool_learning_rate": 0.1, "learning_rate": 3e-3}
     if teacher_weight is not None:
-        options = {"teacher": make_teacher(), "teacher_weight": teacher_weight}
-    losses = finetune(model, batches, cross_entropy, 60, pool_learning_rate=0.1, **options)
+        options |= {"teacher": make_teacher(), "teacher_weight": teacher_weight}
+    losses = finetune(model, batches, cross_entropy, 60, **options)
     assert len(losses) == 60
     assert losses[-1] < 0.5 * losses[0]
     accuracy = (model(batches.inputs).argmax(dim=1) == batches.targets).double().mean()

@@ -21,8 +21,8 @@ def finetune(
     loss: Callable[[Any, Any], Tensor],
     steps: int,
     *,
-    pool_learning_rate: float = 0.03,
-    learning_rate: float = 1e-3,
+    pool_learning_rate: float = 0.01,
+    learning_rate: float = 3e-4,
     teacher: nn.Module | None = None,
     temperature: float = 4.0,
     teacher_weight: float = 0.5,
@@ -41,8 +41,9 @@ def finetune(
             where they draw it from torch's generator, seed decides it.
         loss: of the model's output and a target, a 0-d tensor.
         steps: at least 1.
-        pool_learning_rate: the default suits a fitted model; from scratch, 0.1 to 1 is better.
-        learning_rate: of all parameters but pools.
+        pool_learning_rate: the defaults suited fitted networks in bench/fit.py; from scratch, thirty
+            times as much.
+        learning_rate: of all other parameters.
         teacher: the dense model to distil from, unchanged; None to train plainly.
         temperature: that both models' logits are divided by.
         teacher_weight: 0 to 1.
