@@ -41,8 +41,8 @@ def finetune(
             where they draw it from torch's generator, seed decides it.
         loss: of the model's output and a target, a 0-d tensor.
         steps: at least 1.
-        pool_learning_rate: the defaults suited fitted networks in bench/fit.py; from scratch, thirty
-            times as much.
+        pool_learning_rate: the defaults suited fitted networks in bench/fit.py; from scratch,
+            thirty times as much did.
         learning_rate: of all other parameters.
         teacher: the dense model to distil from, unchanged; None to train plainly.
         temperature: that both models' logits are divided by.
