@@ -24,6 +24,7 @@ bench: $(BUILT)
 	$(BIN)/python -m bench.linear
 	$(BIN)/python -m bench.convolution
 	$(BIN)/python -m bench.embedding
+	$(BIN)/python -m bench.fit
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(PYTHON_FILES)

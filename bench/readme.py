@@ -173,6 +173,59 @@ def demo_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fit_text(report: dict[str, Any]) -> str:
+    """Networks as they were fitted, then all as they were trained."""
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['test_error']['mean']:.2f} ± {row['test_error']['standard_error']:.2f}"
+
+    networks = report["networks"]
+    seeds = len(networks[0]["test_error"]["values"])
+    dense = ", ".join(f"{n['network']} {cell(n)} ({n['num_parameters']:,})" for n in networks)
+    ratios = sorted({row["ratio"] for row in networks[0]["fits"]})
+    columns = [(network["network"], ratio) for network in networks for ratio in ratios]
+    fits: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    for row in (row for network in networks for row in network["fits"]):
+        moments = "second moments" if row["moments"] else "weights alone"
+        name = f"U{row['num_hashes']} depth {row['depth']}, {moments}"
+        fits.setdefault(name, {})[row["network"], row["ratio"]] = row
+    lines = [
+        f"Test error in %, mean and standard error of {seeds} seeds. The dense networks, and their "
+        f"parameters: {dense}. Straight after the fit, in brackets the relative error that it "
+        "lowered: of the weights where it knew them alone, of the layers' outputs where it knew "
+        "their inputs' second moments:",
+        "",
+        "| | " + " | ".join(f"{name} at 1/{ratio}" for name, ratio in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, of_columns in fits.items():
+        cells = (
+            f"{cell(of_columns[column])} ({of_columns[column]['weighted_error']['mean']:.2f})"
+            for column in columns
+        )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    trained: dict[str, dict[tuple[str, int, int], dict[str, Any]]] = {}
+    for row in (row for network in networks for row in network["trainings"]):
+        name = f"U4 depth {row['depth']}, {row['method']}"
+        trained.setdefault(name, {})[row["network"], row["ratio"], row["steps"]] = row
+    steps = sorted({row["steps"] for row in networks[0]["trainings"]})
+    lines += [
+        "",
+        f"After {' and after '.join(f'{count}' for count in steps)} steps of training:",
+        "",
+        "| | " + " | ".join(f"{name} at 1/{ratio}" for name, ratio in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, of_cells in trained.items():
+        cells = (
+            ", ".join(cell(of_cells[network, ratio, count]) for count in steps)
+            for network, ratio in columns
+        )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
     if not re.search(pattern, text, flags=re.DOTALL):
@@ -199,6 +252,7 @@ def main() -> None:
     text = replace_block(text, "demo", demo_text(json.loads((RESULTS / "demo.json").read_text())))
     compiled = json.loads((RESULTS / "compiled.json").read_text())
     text = replace_block(text, "compiled", compiled_table(compiled))
+    text = replace_block(text, "fit", fit_text(json.loads((RESULTS / "fit.json").read_text())))
     README.write_text(text)
 
 

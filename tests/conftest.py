@@ -25,6 +25,15 @@ def _fixed_random_numbers() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of many small operations, which more threads only slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Uninitialised memory holds NaN, so that an element nobody wrote shows."""
     torch.use_deterministic_algorithms(True)
