@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from hfh import machine
-from hfh.compress import compress
+from hfh.compression.compress import compress
 from hfh.demo.accuracy import (
     Accuracy,
     LearningRates,

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from bench.linear import RESULTS
 from hfh import machine
 from hfh.demo.methods import dense as dense_mlp
-from hfh.finetune import finetune
-from hfh.fit import FitReport, fit
-from hfh.moments import second_moments
+from hfh.fitting.finetune import finetune
+from hfh.fitting.fit import FitReport, fit
+from hfh.fitting.moments import second_moments
 from hfh_kernels.nn import HFHConv2d, HFHLinear, Pool
 from hfh_kernels.spec import Reconstruction
 

@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hfh import checkpoint, tensor_file
-from hfh.checkpoint import load, save
-from hfh.checkpoint_contents import hashed_layers
-from hfh.tensor_file import CheckpointError
+from hfh.files import checkpoint, tensor_file
+from hfh.files.checkpoint import load, save
+from hfh.files.checkpoint_contents import hashed_layers
+from hfh.files.tensor_file import CheckpointError
 from hfh_kernels.nn import HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 from tests.models import make_model, seeds
 

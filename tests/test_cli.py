@@ -14,9 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from hfh import checkpoint, cli, sources
-from hfh.compress import compress
-from hfh.model_speed import compare
+from hfh import cli
+from hfh.command import sources
+from hfh.command.model_speed import compare
+from hfh.compression.compress import compress
+from hfh.files import checkpoint
 from tests.models import make_model
 
 MODELS = """
@@ -222,7 +224,7 @@ def test_fit_is_the_default(
         def table(self) -> str:
             return "error of each layer"
 
-    monkeypatch.setattr("hfh.compress.compress", record)
+    monkeypatch.setattr("hfh.compression.compress.compress", record)
     options = ("--ratio", "0.25", "--checkpoint", "fit.st")
     text = succeed(capsys, "compress", "plain.safetensors", "-o", "out.safetensors", *options)
     assert "error of each layer" in text
@@ -231,7 +233,7 @@ def test_fit_is_the_default(
 
 
 def test_calibration_fits_the_outputs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("hfh.moments")
+    pytest.importorskip("hfh.fitting.moments")
     # Few directions, so that outputs can be fitted though weights cannot.
     inputs = torch.randn(64, 3) @ torch.randn(3, 32)
     safetensors.torch.save_file({"a": inputs[:32], "b": inputs[32:].clone()}, "inputs.safetensors")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from hfh import defaults
+from hfh.compression import defaults
 from hfh_kernels.nn import HFHLinear, Pool
 from hfh_kernels.nn.layer import HFHLayer
 from tests.toolkit_checks import beside, compress

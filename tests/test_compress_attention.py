@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfh.attention import HFHMultiheadAttention
+from hfh.layers.attention import HFHMultiheadAttention
 from hfh_kernels.nn import HFHLinear, Pool
 from tests.tolerances import relative_error
 from tests.toolkit_checks import TOLERANCE, assert_same_as_dense, compress, materialize

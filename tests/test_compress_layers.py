@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hfh import defaults
-from hfh.report import Report
+from hfh.compression import defaults
+from hfh.compression.report import Report
 from hfh_kernels.nn import HFHConv1d, HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 from hfh_kernels.nn.layer import HFHLayer
 from tests.models import pools
@@ -333,9 +333,9 @@ def test_fit_is_given_every_weight_once(monkeypatch: pytest.MonkeyPatch) -> None
             next(iter(weights)).pool.weight.fill_(2.0)
         return FitReport()
 
-    module = types.ModuleType("hfh.fit")
+    module = types.ModuleType("hfh.fitting.fit")
     module.fit = fit  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "hfh.fit", module)
+    monkeypatch.setitem(sys.modules, "hfh.fitting.fit", module)
     dense: Any = nn.ModuleDict(
         {
             "table": nn.Embedding(80, 32),

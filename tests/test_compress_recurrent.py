@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from hfh.recurrent import HFHGRU, HFHLSTM
+from hfh.layers.recurrent import HFHGRU, HFHLSTM
 from hfh_kernels.nn import Pool
 from tests.toolkit_checks import assert_same_as_dense, compress, materialize, tensors
 

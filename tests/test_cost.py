@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hfh import cost_model
-from hfh.cost_formulas import MethodCost, Operations
-from hfh.cost_model import Cost, cost, weight_cost
+from hfh.costs import cost_model
+from hfh.costs.cost_formulas import MethodCost, Operations
+from hfh.costs.cost_model import Cost, cost, weight_cost
 from hfh.text_table import short
 from hfh_kernels.functional.weight import weight_fields
 from hfh_kernels.nn import HFHConv1d, HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hfh.finetune import distillation_loss, finetune, parameter_groups
+from hfh.fitting.finetune import distillation_loss, finetune, parameter_groups
 from hfh_kernels.nn import HFHLinear
 from tests.models import make_model
 

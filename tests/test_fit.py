@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hfh.fit_error
-from hfh.fit import FitReport, fit
-from hfh.fit_error import squared_error
-from hfh.fit_linear import _conjugate_gradients, linear_round, linear_start
-from hfh.fit_nonlinear import nonlinear_start
-from hfh.fit_problem import Parameters, build_problem
+import hfh.fitting.error
+from hfh.fitting.error import squared_error
+from hfh.fitting.fit import FitReport, fit
+from hfh.fitting.linear import _conjugate_gradients, linear_round, linear_start
+from hfh.fitting.nonlinear import nonlinear_start
+from hfh.fitting.problem import Parameters, build_problem
 from hfh_kernels.functional import hash_index, materialize
 from hfh_kernels.nn import HFHConv2d, HFHEmbedding, HFHLinear, Pool
 from hfh_kernels.nn.layer import HFHLayer
@@ -26,7 +26,7 @@ from hfh_kernels.spec import Reconstruction
 from tests.tolerances import relative_error
 
 # The package may export the function under the same name.
-fit_module = importlib.import_module("hfh.fit")
+fit_module = importlib.import_module("hfh.fitting.fit")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -316,7 +316,7 @@ def test_strips_of_rows_give_the_same(depth: int, monkeypatch: pytest.MonkeyPatc
     moments = {layers[0]: second_moment(32)}
     fit(weights, importance=moments, linear_rounds=3, nonlinear_rounds=0)
     whole = parameters_of(layers)
-    monkeypatch.setattr(hfh.fit_error, "STRIP_ELEMENTS", 300)
+    monkeypatch.setattr(hfh.fitting.error, "STRIP_ELEMENTS", 300)
     fit(weights, importance=moments, linear_rounds=3, nonlinear_rounds=0)
     for actual, expected in zip(parameters_of(layers), whole, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-8)
@@ -329,8 +329,8 @@ def test_memory_is_that_of_a_strip(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(rows * cols)
         return materialize(pool, theta, rows, cols, **options)
 
-    monkeypatch.setattr(hfh.fit_error, "materialize", spy)
-    monkeypatch.setattr(hfh.fit_error, "STRIP_ELEMENTS", 320)
+    monkeypatch.setattr(hfh.fitting.error, "materialize", spy)
+    monkeypatch.setattr(hfh.fitting.error, "STRIP_ELEMENTS", 320)
     fit(random_weights(make_layers()), linear_rounds=1)
     assert max(sizes) == 320
 

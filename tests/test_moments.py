@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfh.moments import second_moments
+from hfh.fitting.moments import second_moments
 from tests.tolerances import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +52,7 @@ def test_conv1d(options: dict[str, Any]) -> None:
 
 
 def test_images_go_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hfh.moments._CHUNK_ELEMENTS", 2000)
+    monkeypatch.setattr("hfh.fitting.moments._CHUNK_ELEMENTS", 2000)
     require_predicts(nn.Conv2d(2, 3, 3, bias=False), torch.randn(7, 2, 8, 8))
 
 

@@ -183,3 +183,11 @@ def test_every_source_is_listed() -> None:
     listed = re.findall(r'"(csrc/.*\.cpp)"', (ROOT / "setup.py").read_text())
     present = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cpp")]
     assert sorted(listed) == sorted(present)
+
+
+def test_public_names_of_the_toolkit() -> None:
+    import hfh
+
+    assert all(getattr(hfh, name).__name__ == name for name in hfh.__all__)
+    with pytest.raises(AttributeError, match="'hfh' has no attribute 'pack'"):
+        hfh.pack  # noqa: B018

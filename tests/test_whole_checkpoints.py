@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hfh import checkpoint
-from hfh.checkpoint import load, save
-from hfh.checkpoint_contents import Checkpoint, describe, hashed_layers
-from hfh.compress import compress
-from hfh.cost_model import HFH, METHODS, cost
-from hfh.state_dict_model import state_dict_model
-from hfh.tensor_file import CheckpointError
+from hfh.compression.compress import compress
+from hfh.costs.cost_model import HFH, METHODS, cost
+from hfh.files import checkpoint
+from hfh.files.checkpoint import load, save
+from hfh.files.checkpoint_contents import Checkpoint, describe, hashed_layers
+from hfh.files.state_dict_model import state_dict_model
+from hfh.files.tensor_file import CheckpointError
 from hfh_kernels.nn import HFHConv1d, HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 from hfh_kernels.nn.layer import HFHLayer
 from tests.toolkit_models import SAMPLES, LanguageModel, Sample, TransformerClassifier

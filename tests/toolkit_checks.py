@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import hfh.compress
-import hfh.materialize
-from hfh import kinds
-from hfh.report import Report
+import hfh.compression.compress
+import hfh.compression.dense
+from hfh.compression import kinds
+from hfh.compression.report import Report
 from hfh_kernels.nn.layer import HFHLayer
 from tests.tolerances import relative_error
 
 # Models whose parts are named in the tests have no type that knows those names.
-compress: Callable[..., tuple[Any, Report]] = hfh.compress.compress
-materialize: Callable[..., Any] = hfh.materialize.materialize
+compress: Callable[..., tuple[Any, Report]] = hfh.compression.compress.compress
+materialize: Callable[..., Any] = hfh.compression.dense.materialize
 
 TOLERANCE = 1e-9
 """In float64, over many products in another order."""

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from typer.exceptions import TyperException
 
-        from hfh.commands import app
+        from hfh.command.commands import app
     except ModuleNotFoundError as error:
         return _fail(f"{error}; pip install 'hfh-kernels[toolkit]'")
     try:

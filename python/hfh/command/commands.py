@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hfh.command_options import (
+from hfh.command.options import (
     AsJson,
     Factory,
     InputShape,
@@ -120,9 +120,9 @@ def compress(
         message = "needs a model that runs, package.module:factory"
         raise typer.BadParameter(message, param_hint="--calibration")
     with _working(f"reading {source}"):
-        from hfh.checkpoint import save
-        from hfh.compress import compress
-        from hfh.sources import load_model
+        from hfh.command.sources import load_model
+        from hfh.compression.compress import compress
+        from hfh.files.checkpoint import save
 
         model = load_model(source, weights)
     chosen = {
@@ -154,8 +154,8 @@ def inspect(source: Source, weights: Weights = None, as_json: AsJson = False) ->
     A file is read whole, so damage to a compressed one is found.
     """
     with _working(f"reading {source}"):
-        from hfh.inspection import Inspection
-        from hfh.sources import load_model
+        from hfh.command.inspection import Inspection
+        from hfh.command.sources import load_model
 
         inspection = Inspection.of(load_model(source, weights))
     print(inspection.to_json() if as_json else inspection.table())
@@ -179,9 +179,9 @@ def materialize(
     """Write the virtual weights out as a dense safetensors file, under the names they had."""
     _require_output(output, source)
     with _working(f"reading {source}"):
-        from hfh import checkpoint, checkpoint_contents, tensor_file
-        from hfh.materialize import materialize
-        from hfh.sources import load_model
+        from hfh.command.sources import load_model
+        from hfh.compression.dense import materialize
+        from hfh.files import checkpoint, checkpoint_contents, tensor_file
 
         if model is None:
             compressed = load_model(str(source))
@@ -221,8 +221,8 @@ def cost(
     A model that is dense is compressed to --ratio first.
     """
     with _working(f"reading {source}"):
-        from hfh import cost_model
-        from hfh.sources import is_file, load_model
+        from hfh.command.sources import is_file, load_model
+        from hfh.costs import cost_model
 
         if is_file(source) and input_shape is not None:
             raise typer.BadParameter("goes with package.module:factory", param_hint="--input")
@@ -260,9 +260,9 @@ def bench(
     with _working(f"reading {source}"):
         import torch
 
-        from hfh.materialize import materialize
-        from hfh.model_speed import compare
-        from hfh.sources import is_file, load_model
+        from hfh.command.model_speed import compare
+        from hfh.command.sources import is_file, load_model
+        from hfh.compression.dense import materialize
 
         if is_file(source):
             raise typer.BadParameter(
@@ -315,8 +315,8 @@ def demo(
 
 
 def _second_moments(model: nn.Module, calibration: Path) -> dict[nn.Module, torch.Tensor]:
-    from hfh.moments import second_moments
-    from hfh.tensor_file import read
+    from hfh.files.tensor_file import read
+    from hfh.fitting.moments import second_moments
 
     batches, _ = read(calibration)
     moments: dict[nn.Module, torch.Tensor] = second_moments(model.eval(), batches.values())
@@ -334,8 +334,8 @@ def _require_output(output: Path, *inputs: Path | None) -> None:
 
 def _hashed(model: nn.Module, ratio: float) -> tuple[nn.Module, str]:
     """The model, compressed from scratch if it is dense, and what to say of that."""
-    from hfh.checkpoint_contents import hashed_layers
-    from hfh.compress import compress
+    from hfh.compression.compress import compress
+    from hfh.files.checkpoint_contents import hashed_layers
 
     if any(hashed_layers(model)):
         return model, "It was compressed already."

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hfh.fit_error import squared_error
-from hfh.fit_problem import Parameters, Problem
+from hfh.fitting.error import squared_error
+from hfh.fitting.problem import Parameters, Problem
 
 _CONJUGATE_GRADIENT_STEPS = 30
 

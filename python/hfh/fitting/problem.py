@@ -1,4 +1,4 @@
-"""What :func:`hfh.fit.fit` was asked for, checked and put into the minimiser's terms."""
+"""What :func:`hfh.fit` was asked for, checked and put into the minimiser's terms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hfh.fit_error import Target, squared_error
+from hfh.fitting.error import Target, squared_error
 from hfh_kernels.nn.dense_rows import DenseRows
 from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.spec import Reconstruction
@@ -50,7 +50,7 @@ def build_problem(
 ) -> Problem:
     """The targets of these layers; the factors on their squared errors make weights of zero give 1.
 
-    Arguments and errors are those of :func:`hfh.fit.fit`.
+    Arguments and errors are those of :func:`hfh.fit`.
     """
     if not weights:
         raise ValueError("weights must have at least one layer")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hfh.fit_error import squared_error
-from hfh.fit_problem import Parameters, Problem
+from hfh.fitting.error import squared_error
+from hfh.fitting.problem import Parameters, Problem
 from hfh_kernels.ops.materialize.reference import split_theta
 from hfh_kernels.spec import Reconstruction
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfh import fast_path, kinds
-from hfh.checkpoint_contents import Checkpoint, describe_layer, hashed_layers
-from hfh.kinds import Kind
+from hfh.compression import fast_path, kinds
+from hfh.compression.kinds import Kind
+from hfh.files.checkpoint_contents import Checkpoint, describe_layer, hashed_layers
 from hfh_kernels.nn import Pool
 from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.spec import HashSpec, Reconstruction

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfh.defaults import layer_block
+from hfh.compression.defaults import layer_block
 from hfh_kernels import functional
 from hfh_kernels.nn import HFHLinear, Pool
 from hfh_kernels.spec import require_int

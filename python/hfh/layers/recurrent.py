@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from hfh.defaults import layer_block
+from hfh.compression.defaults import layer_block
 from hfh_kernels.nn import HFHLinear, Pool
 from hfh_kernels.spec import require_int
 

@@ -80,7 +80,7 @@ class Report:
     rows_per_window: int | None
     ratio_asked: float
     fit: Any = None
-    """What ``hfh.fit.fit`` returned, with init="fit"."""
+    """What :func:`hfh.fit` returned, with init="fit"."""
 
     @property
     def ratio(self) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hfh import checkpoint_contents
+from hfh.files import checkpoint_contents
 from hfh.text_table import text_table
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hfh.fit_error import Target
-from hfh.fit_problem import Parameters, Problem
+from hfh.fitting.error import Target
+from hfh.fitting.problem import Parameters, Problem
 
 
 @dataclass(frozen=True)

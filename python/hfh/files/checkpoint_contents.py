@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfh import kinds
+from hfh.compression import kinds
 from hfh_kernels.nn import Pool
 from hfh_kernels.nn.layer import HFHLayer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from hfh import checkpoint
-from hfh.state_dict_model import state_dict_model
+from hfh.files import checkpoint
+from hfh.files.state_dict_model import state_dict_model
 
 
 class SourceError(ValueError):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfh import cost_formulas as formulas
-from hfh.cost_formulas import MethodCost, Use, Weight
+from hfh.costs import cost_formulas as formulas
+from hfh.costs.cost_formulas import MethodCost, Use, Weight
 from hfh.text_table import short, text_table
 from hfh_kernels.nn import HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 from hfh_kernels.nn.dense_rows import DenseRows

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from hfh import kinds
-from hfh.kinds import Kind
-from hfh.report import Row
+from hfh.compression import kinds
+from hfh.compression.kinds import Kind
+from hfh.compression.report import Row
 from hfh_kernels.nn.layer import HFHLayer
 
 Rule = str | type[nn.Module] | Callable[[str, nn.Module], bool]

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hfh import defaults, fast_path, kinds
-from hfh.candidates import Candidate, Rule, Selection, select
-from hfh.defaults import Window
-from hfh.report import Report, Row
+from hfh.compression import defaults, fast_path, kinds
+from hfh.compression.candidates import Candidate, Rule, Selection, select
+from hfh.compression.defaults import Window
+from hfh.compression.report import Report, Row
 from hfh_kernels.nn import Pool
 from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.spec import Reconstruction, require_int
@@ -73,13 +73,13 @@ def compress(
             :mod:`hfh.defaults` says why.
         rows_per_window: rows in such a group; by default from the network, see the same place.
         init: "scratch" for a random network, whose weights have the root mean square of those they
-            replace; "fit" for virtual weights close to the model's own, by :func:`hfh.fit.fit`.
+            replace; "fit" for virtual weights close to the model's own, by :func:`hfh.fit`.
         seed: of the pool and every g: an int, or a generator to draw it from; by default torch's
             own random numbers.
         inplace: change ``model`` itself instead of a copy.
         importance: for init="fit", second moments of the inputs of layers of ``model``, as
-            :func:`hfh.moments.second_moments` measures them.
-        fit_options: other keyword arguments of :func:`hfh.fit.fit`: progress, checkpoint ...
+            :func:`hfh.second_moments` measures them.
+        fit_options: other keyword arguments of :func:`hfh.fit`: progress, checkpoint ...
 
     Returns:
         The model and a report: a row a layer, and totals.
@@ -266,7 +266,7 @@ class _Builder:
         options: Mapping[str, Any],
     ) -> Any:
         """Fit the layers to the weights they stand for; those of a tied one count once."""
-        from hfh.fit import fit
+        from hfh.fitting.fit import fit
 
         names: dict[HFHLayer, str] = {}
         moments: dict[HFHLayer, Tensor] = {}

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hfh.fit_linear import linear_round, linear_start, normalized
-from hfh.fit_nonlinear import nonlinear_round, nonlinear_start
-from hfh.fit_problem import Parameters, Problem, build_problem, rows_by_rank
-from hfh.fit_state import State, StateFile
+from hfh.fitting.linear import linear_round, linear_start, normalized
+from hfh.fitting.nonlinear import nonlinear_round, nonlinear_start
+from hfh.fitting.problem import Parameters, Problem, build_problem, rows_by_rank
+from hfh.fitting.state import State, StateFile
 from hfh.progress import progress_bar
 from hfh_kernels.nn.dense_rows import DenseRows
 from hfh_kernels.nn.layer import HFHLayer
@@ -113,7 +113,7 @@ def fit(
 
     The error of trained weights themselves stays large, see :attr:`FitReport.expected_error`. That
     of the layers' outputs can be small all the same, for their inputs are few and correlated: with
-    the second moments of each layer's input (:func:`hfh.moments.second_moments`) as importance it
+    the second moments of each layer's input (:func:`hfh.second_moments`) as importance it
     is what is minimised. Give them wherever there is data.
 
     Layers change once, at the end: the pool, every theta, and rows that a layer keeps dense, which

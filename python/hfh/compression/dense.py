@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hfh import fast_path, kinds
-from hfh.kinds import Kind
+from hfh.compression import fast_path, kinds
+from hfh.compression.kinds import Kind
 from hfh_kernels.nn import HFHEmbedding, HFHEmbeddingBag
 from hfh_kernels.nn.layer import HFHLayer
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from hfh.attention import HFHMultiheadAttention
-from hfh.recurrent import HFHGRU, HFHLSTM, weight_names
+from hfh.layers.attention import HFHMultiheadAttention
+from hfh.layers.recurrent import HFHGRU, HFHLSTM, weight_names
 from hfh_kernels.nn import HFHConv1d, HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear
 
 Names = dict[str, str]

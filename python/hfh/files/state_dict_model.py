@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hfh.attention import PackedProjection
-from hfh.checkpoint_contents import Checkpoint
+from hfh.files.checkpoint_contents import Checkpoint
+from hfh.layers.attention import PackedProjection
 from hfh_kernels.nn import HFHConv1d, HFHConv2d, HFHEmbedding, HFHEmbeddingBag, HFHLinear, Pool
 from hfh_kernels.nn.layer import HFHLayer
 

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hfh import tensor_file
-from hfh.checkpoint_contents import (
+from hfh.files import tensor_file
+from hfh.files.checkpoint_contents import (
     Checkpoint,
     describe,
     first_names,
@@ -33,8 +33,8 @@ from hfh.checkpoint_contents import (
     identity,
     named_state,
 )
-from hfh.restructure import hashed_as
-from hfh.tensor_file import CheckpointError
+from hfh.files.restructure import hashed_as
+from hfh.files.tensor_file import CheckpointError
 from hfh_kernels.spec import HASH_VERSION
 
 FORMAT_VERSION = 1

@@ -30,7 +30,7 @@ def second_moments(
     or for a convolution the patch (input channel of the group, kernel row, kernel column) behind
     one output position, with its padding; the mean is over all of them, and over groups. An error R
     of that matrix changes the squared output by trace(R E[x x^T] R^T) on average: hand the moments
-    to :func:`hfh.fit.fit` as importance, of the layers that take these layers' places.
+    to :func:`hfh.fit` as importance, of the layers that take these layers' places.
 
     The model runs as it is (call ``eval()`` where dropout or batch norm should not disturb),
     without gradients; a thousand inputs are plenty.

@@ -1,0 +1,1 @@
+"""Whole models over one pool."""

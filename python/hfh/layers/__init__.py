@@ -1,0 +1,1 @@
+"""Layers of torch.nn that hold several virtual weights."""
