@@ -70,7 +70,7 @@ def compress(
         block: the longest; a layer whose rows are shorter takes the largest power of two in them.
         window: pool elements that a group of rows draws from; None for the whole pool. "auto" is
             the whole pool where it fits the shared memory of a GPU, and what fits it elsewhere:
-            :mod:`hfh.defaults` says why.
+            :mod:`hfh.compression.defaults` says why.
         rows_per_window: rows in such a group; by default from the network, see the same place.
         init: "scratch" for a random network, whose weights have the root mean square of those they
             replace; "fit" for virtual weights close to the model's own, by :func:`hfh.fit`.

@@ -16,7 +16,7 @@ from hfh_kernels.nn.layer import HFHLayer
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds; :mod:`hfh.checkpoint` says what the fields are."""
+    """What a file holds; :mod:`hfh.files.checkpoint` says what the fields are."""
 
     tensors: dict[str, Tensor]
     aliases: dict[str, str]
