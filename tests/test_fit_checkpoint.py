@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from hfh.fit import fit
-from hfh.fit_problem import Parameters
+from hfh.fitting.fit import fit
+from hfh.fitting.problem import Parameters
 from tests.fit_samples import make_layers, parameters_of, random_weights
 
 # The package may export the function under the same name.
-fit_module = importlib.import_module("hfh.fit")
+fit_module = importlib.import_module("hfh.fitting.fit")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
