@@ -127,7 +127,7 @@ def device(index: int | None) -> Device:
     return Device(
         kinds.get(properties.major, "other"),
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
     )
 
 
