@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bench.gpu import Ceilings, Work
 from bench.linear import RESULTS
-from bench.shapes import PLAIN
+from bench.shapes import GPU_BATCHES, PLAIN
+from hfh_kernels.ops.tuning import ROWS
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -122,6 +124,40 @@ def compiled_table(report: dict[str, Any]) -> str:
             f"| `{operator}`, {detail} | {row['registers']} | {row['shared_bytes'] // 1024} KiB "
             f"| {row['loop_instructions']:.0f} | {row['instructions']:.0f} |"
         )
+    return "\n".join(lines)
+
+
+H200 = Ceilings(copy_bytes=4.3e12, product_flops=790e12, instructions=132 * 4 * 32 * 1.98e9)
+"""Measured elsewhere: a copy and a bfloat16 product; 132 processors at the highest clock."""
+
+
+def counts_table(report: dict[str, Any]) -> str:
+    """Floors of forward passes on the H200, in microseconds, from what was compiled."""
+    in_loop = {
+        row["call"]: row["loop_instructions"]
+        for row in report["rows"]
+        if row["arch"] == 90 and row["kernel"] == "_linear_fwd_kernel"
+    }
+    lines = [
+        "| floor in microseconds, ours (dense) | "
+        + " | ".join(f"batch {batch}" for batch in GPU_BATCHES)
+        + " |",
+        "|---" * (len(GPU_BATCHES) + 1) + "|",
+    ]
+    for inputs, outputs in ((4096, 4096), (8192, 28672)):
+        for depth in (2, 1):
+            cells = []
+            for batch in GPU_BATCHES:
+                rows = next((size for size in ROWS if batch <= size), ROWS[-1])
+                call = f"linear 4096 x 4096, U4 depth {depth}, block 32, bf16, batch {rows}"
+                weights = inputs * outputs
+                made = weights * -(-batch // rows) * in_loop[call]
+                activations = 2 * batch * (inputs + outputs)
+                flops = 2 * batch * weights
+                ours = Work(2 * weights / 16 + activations, flops, made).floor(H200)[0]
+                dense = Work(2 * weights + activations, flops).floor(H200)[0]
+                cells.append(f"{1e6 * ours:.0f} ({1e6 * dense:.0f})")
+            lines.append(f"| {inputs} x {outputs}, depth {depth} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -252,6 +288,7 @@ def main() -> None:
     text = replace_block(text, "demo", demo_text(json.loads((RESULTS / "demo.json").read_text())))
     compiled = json.loads((RESULTS / "compiled.json").read_text())
     text = replace_block(text, "compiled", compiled_table(compiled))
+    text = replace_block(text, "counts", counts_table(compiled))
     text = replace_block(text, "fit", fit_text(json.loads((RESULTS / "fit.json").read_text())))
     README.write_text(text)
 
