@@ -134,11 +134,16 @@ def draws(weight, keys, bases, blocks, inner):
 
 
 @triton.jit
+def _load(weight, offsets, HASH: tl.constexpr):
+    return tl.load(weight.pool + offsets[HASH]).to(tl.float32)
+
+
+@triton.jit
 def _gather(weight, offsets, negatives):
     """The signed elements a, tuple of float32 [R, G, PER]."""
     elements = ()
     for u in tl.static_range(weight.NUM_HASHES):
-        values = tl.load(weight.pool + offsets[u]).to(tl.float32)
+        values = _load(weight, offsets, u)
         elements = elements + (tl.where(negatives[u], -values, values),)
     return elements
 
@@ -216,6 +221,19 @@ def _reconstruct(weight, theta, elements):
 
 
 @triton.jit
+def _made(weight, theta, offsets, negatives):
+    """V, float32 [R, G, PER], from what is behind it, see draws."""
+    if weight.DEPTH < 2:
+        # The signs go to g's few weights, not to the elements.
+        values = _load(weight, offsets, 0) * tl.where(negatives[0], -theta[0], theta[0])
+        for u in tl.static_range(1, weight.NUM_HASHES):
+            values += _load(weight, offsets, u) * tl.where(negatives[u], -theta[u], theta[u])
+    else:
+        values = _reconstruct(weight, theta, _gather(weight, offsets, negatives))
+    return values
+
+
+@triton.jit
 def _columns(weight, first_col, COLS: tl.constexpr):
     """Blocks and inner columns, see draws, of COLS columns from a multiple of PER on."""
     PER: tl.constexpr = min(weight.BLOCK, COLS)
@@ -240,7 +258,7 @@ def virtual_tile(weight, theta, keys, bases, first_col, COLS: tl.constexpr):
     """
     blocks, inner = _columns(weight, first_col, COLS)
     offsets, negatives = draws(weight, keys, bases, blocks, inner)
-    values = _reconstruct(weight, theta, _gather(weight, offsets, negatives))
+    values = _made(weight, theta, offsets, negatives)
     return tl.reshape(values, (keys.shape[0], COLS))
 
 
@@ -257,7 +275,7 @@ def virtual_columns(weight, theta, keys, bases, cols):
     """
     inner = (cols % weight.BLOCK).to(tl.int32)[None, :, None]
     offsets, negatives = draws(weight, keys, bases, cols // weight.BLOCK, inner)
-    values = _reconstruct(weight, theta, _gather(weight, offsets, negatives))
+    values = _made(weight, theta, offsets, negatives)
     return tl.reshape(values, (keys.shape[0], cols.shape[0]))
 
 
