@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -219,6 +221,19 @@ def test_out_of_range() -> None:
             EVERYTHING.run(leaves, "triton", torch.tensor([7]))
     finally:
         permutation[7] = 0
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_out_of_range_is_asserted() -> None:
+    """In a process of its own, which loses the device."""
+    script = """
+import torch
+from hfh_kernels.nn import HFHEmbedding, Pool
+HFHEmbedding(500, 70, pool=Pool(640)).cuda()(torch.tensor([3, 500]).cuda()).cpu()
+"""
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert outcome.returncode != 0
+    assert "indices must be in [0, num_embeddings)" in outcome.stdout + outcome.stderr
 
 
 @pytest.mark.parametrize(

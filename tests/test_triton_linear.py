@@ -321,6 +321,10 @@ def test_bad_weights() -> None:
         ((input, pool, theta, bias[1:], size, *weight), "bias must have shape"),
         ((input[0, 0], pool, theta, bias, size, *weight), "input must have at least one dim"),
         (
+            (input[:1].expand(2**31, -1), pool, theta, bias, size, *weight),
+            "input must have at most 2147418112 rows here, received 2147483648",
+        ),
+        (
             (input, pool, theta, bias, size, *weight._replace(row_offset=2**32 - 1)),
             r"rows must be in .*row_offset=4294967295",
         ),
