@@ -12,17 +12,21 @@ the instructions that make virtual weights (results/compiled.json) at four a cyc
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
 import gc
 import json
-import math
+import multiprocessing
 import re
 import statistics
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,6 +44,8 @@ from hfh_kernels.nn import HFHLinear
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 20
+PROCESSES = 8
+"""That compile."""
 TINY_LINEARS = (GPULinear(64, 96), GPULinear(64, 64, block=1, depth=0, num_hashes=1))
 TINY_CONVOLUTIONS = (GPUImages(channels=32, size=5, batch=2),)
 TINY_LOOKUPS = (
@@ -58,7 +64,7 @@ class Ceilings:
     product_flops: float
     """A second, of bfloat16."""
     instructions: float
-    """A second, four a cycle and processor at the highest clock; inf where torch has none."""
+    """A second, four a cycle and processor at the highest clock."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +92,8 @@ class Timer:
     def __init__(self, device: str, check: bool) -> None:
         self._device, self._check = device, check
         if device == "cuda":
+            # One for all: memory that was used on a stream stays with it.
+            self._stream = torch.cuda.Stream()
             self._flush = torch.empty(2**28, dtype=torch.int8, device=device)
 
     def medians(self, candidates: Candidates) -> dict[str, float]:
@@ -107,17 +115,24 @@ class Timer:
         return {name: statistics.median(times) for name, times in seconds.items()}
 
     def _capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
+        # What the candidate reads may still be in the making on another stream.
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
             for _ in range(2):
                 run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=self._stream):
             run()
         graph.replay()
         torch.cuda.synchronize()
         return graph
+
+    def release(self) -> None:
+        """Memory of earlier candidates and their graphs."""
+        gc.collect()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
 
     def extra_bytes(self, run: Callable[[], object]) -> int | None:
         """Memory beyond what was there before and what is left behind; None without a GPU."""
@@ -142,12 +157,15 @@ def measure_ceilings(timer: Timer) -> Ceilings:
     size = 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     seconds = timer.medians({"copy": lambda: target.copy_(source), "product": lambda: a @ b})
-    properties: Any = torch.cuda.get_device_properties(0)
-    kilohertz = getattr(properties, "clock_rate", math.inf)
+    properties: Any = triton.runtime.driver.active.utils.get_device_properties(0)
     return Ceilings(
         copy_bytes=2 * source.numel() / seconds["copy"],
         product_flops=2 * size**3 / seconds["product"],
-        instructions=properties.multi_processor_count * 4 * 32 * kilohertz * 1e3,
+        instructions=properties["multiprocessor_count"]
+        * 4
+        * 32
+        * properties["sm_clock_rate"]
+        * 1e3,
     )
 
 
@@ -234,7 +252,9 @@ def instructions_a_weight(shape: GPULinear) -> float:
     return min(found, default=0.0)
 
 
-def convolution_candidates(shape: GPUImages, backward: bool, device: str) -> Candidates:
+def convolution_candidates(
+    shape: GPUImages, backward: bool, device: str
+) -> tuple[Candidates, dict[str, Work]]:
     layer = shape.layer(device)
     input = shape.input(device).requires_grad_(backward)
     dense = nn.Conv2d(
@@ -247,10 +267,12 @@ def convolution_candidates(shape: GPUImages, backward: bool, device: str) -> Can
             lambda: F.conv2d(input, layer.materialize(), padding=1), parameters, backward
         ),
         "hfh": _candidate(lambda: layer(input), parameters, backward),
-    }
+    }, {}
 
 
-def lookup_candidates(shape: GPULookups, backward: bool, device: str) -> Candidates:
+def lookup_candidates(
+    shape: GPULookups, backward: bool, device: str
+) -> tuple[Candidates, dict[str, Work]]:
     layer = shape.layer(device)
     arguments = shape.arguments(device)
     table = torch.randn(
@@ -265,10 +287,10 @@ def lookup_candidates(shape: GPULookups, backward: bool, device: str) -> Candida
     return {
         "dense": _candidate(dense, [table], backward),
         "hfh": _candidate(lambda: layer(*arguments), [layer.pool.weight, layer.theta], backward),
-    }
+    }, {}
 
 
-def lookup_steps(shape: GPULookups, device: str) -> Candidates:
+def lookup_steps(shape: GPULookups, device: str) -> tuple[Candidates, dict[str, Work]]:
     """A whole training step with Adam."""
     layer = shape.layer(device)
     arguments = shape.arguments(device)
@@ -291,66 +313,108 @@ def lookup_steps(shape: GPULookups, device: str) -> Candidates:
 
         return run
 
-    return {"dense": step(dense), "hfh": step(layer)}
+    return {"dense": step(dense), "hfh": step(layer)}, {}
 
 
-def rows(timer: Timer, device: str, check: bool) -> Iterable[dict[str, Any]]:
-    def row(what: str, kind: str, candidates: Candidates, **more: Any) -> dict[str, Any]:
-        seconds = timer.medians(candidates)
-        extra = timer.extra_bytes(candidates["hfh"])
-        result = {"what": what, "kind": kind, "seconds": seconds, "hfh_extra_bytes": extra, **more}
-        ratio = seconds["hfh"] / seconds["dense"]
-        print(f"{what:58} {kind:20} {1e6 * seconds['hfh']:10.1f} us  {ratio:6.2f} x dense")
-        return result
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row of the table: what is measured, and what makes its candidates and their work."""
 
-    ceilings = None if device != "cuda" else measure_ceilings(timer)
-    if ceilings is not None:
-        yield {"what": "ceilings", **dataclasses.asdict(ceilings)}
+    what: str
+    kind: str
+    make: Callable[[], tuple[Candidates, dict[str, Work]]]
+
+
+def cases(device: str, check: bool) -> Iterator[Case]:
     for shape in TINY_LINEARS if check else GPU_LINEARS:
         for batch in (1, 17) if check else GPU_BATCHES:
-            for backward in (False, True):
-                candidates, work = linear_candidates(shape, batch, backward, device)
-                floors = {}
-                if ceilings is not None:
-                    floors = {name: item.floor(ceilings) for name, item in work.items()}
-                yield row(
-                    f"{shape.name}, {str(shape.dtype).removeprefix('torch.')}, batch {batch}",
-                    _kind(backward), candidates, floors=floors,
-                )  # fmt: skip
+            what = f"{shape.name}, {str(shape.dtype).removeprefix('torch.')}, batch {batch}"
+            for kind, backward in KINDS.items():
+                make = functools.partial(linear_candidates, shape, batch, backward, device)
+                yield Case(what, kind, make)
     for images in TINY_CONVOLUTIONS if check else GPU_CONVOLUTIONS:
-        for backward in (False, True):
-            candidates = convolution_candidates(images, backward, device)
-            yield row(images.name, _kind(backward), candidates)
+        for kind, backward in KINDS.items():
+            make = functools.partial(convolution_candidates, images, backward, device)
+            yield Case(images.name, kind, make)
     for lookups in TINY_LOOKUPS if check else GPU_LOOKUPS:
-        for backward in (False, True):
-            candidates = lookup_candidates(lookups, backward, device)
-            yield row(lookups.name, _kind(backward), candidates)
-        yield row(lookups.name, "training step", lookup_steps(lookups, device))
+        for kind, backward in KINDS.items():
+            make = functools.partial(lookup_candidates, lookups, backward, device)
+            yield Case(lookups.name, kind, make)
+        yield Case(lookups.name, "training step", functools.partial(lookup_steps, lookups, device))
 
 
-def _kind(backward: bool) -> str:
-    return "forward + backward" if backward else "forward"
+KINDS = {"forward": False, "forward + backward": True}
+
+
+def compile_kernels(given: list[Case]) -> None:
+    """Run all of ours once in several processes, which leave compiled kernels in Triton's cache.
+
+    One process alone takes minutes. Errors are not reported: they come again when measured.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        for run in [pool.submit(_run_ours, case) for case in given]:
+            run.exception()
+
+
+def _run_ours(case: Case) -> None:
+    for name, run in case.make()[0].items():
+        if name in ("hfh", "materialize + dense"):
+            run()
+    torch.cuda.synchronize()
+
+
+def measure(timer: Timer, case: Case, ceilings: Ceilings | None) -> dict[str, Any]:
+    timer.release()
+    candidates, work = case.make()
+    seconds = timer.medians(candidates)
+    extra = timer.extra_bytes(candidates["hfh"])
+    ratio = seconds["hfh"] / seconds["dense"]
+    print(f"{case.what:58} {case.kind:20} {1e6 * seconds['hfh']:10.1f} us  {ratio:6.2f} x dense")
+    floors = {}
+    if ceilings is not None:
+        floors = {name: item.floor(ceilings) for name, item in work.items()}
+    return {"seconds": seconds, "hfh_extra_bytes": extra, "floors": floors}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="once, tiny, and write nothing")
-    options = parser.parse_args()
+    check = parser.parse_args().check
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not options.check:
-        parser.error("there is no GPU; --check runs without one")
-    results = list(rows(Timer(device, options.check), device, options.check))
-    if options.check:
+    timer, given = Timer(device, check), list(cases(device, check))
+    if check:
+        for case in given:
+            measure(timer, case, None)
         return
+    if device == "cpu":
+        parser.error("there is no GPU; --check runs without one")
+    compile_kernels(given)
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    path = RESULTS / f"gpu-{name}.json"
+    ceilings = measure_ceilings(timer)
+    rows: list[dict[str, Any]] = []
     report = {
         "machine": {**machine.describe(), "gpu": torch.cuda.get_device_name()},
         "repeats": REPEATS,
-        "rows": results,
+        "ceilings": dataclasses.asdict(ceilings),
+        "rows": rows,
     }
-    path = RESULTS / f"gpu-{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    for case in given:
+        row: dict[str, Any] = {"what": case.what, "kind": case.kind}
+        try:
+            row |= measure(timer, case, ceilings)
+        except Exception as error:
+            # The others are still worth having.
+            traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {error}"
+        rows.append(row)
+        # After each, for a script that is cut short.
+        path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {path}")
+    failed = sum("error" in row for row in rows)
+    if failed:
+        raise SystemExit(f"{failed} of {len(rows)} rows failed")
 
 
 if __name__ == "__main__":

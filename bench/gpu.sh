@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: builds the extension, runs every GPU test, measures, writes
+# On a machine with a GPU: builds the extension, runs the GPU tests but the slow, measures, writes
 # bench/results/gpu-*.json. Needs torch, triton, pybind11, ninja, pytest and hypothesis, no network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export PYTHONPATH=.:python
+# Unbuffered, so that a script cut short has printed what it did.
+export PYTHONPATH=.:python PYTHONUNBUFFERED=1
 
 HFH_BUILD=cpu "$python" setup.py build_ext --inplace
 parallel=()
@@ -13,7 +14,7 @@ if "$python" -c 'import xdist' 2>/dev/null; then
 fi
 # A failed test does not keep the figures from being taken, but the script fails.
 status=0
-"$python" -m pytest -q -m gpu "${parallel[@]}" tests || status=$?
-"$python" -m bench.compiled --quick
-"$python" -m bench.gpu
+"$python" -m pytest -q -m "gpu and not slow" --continue-on-collection-errors --durations 10 \
+    "${parallel[@]}" tests || status=$?
+"$python" -m bench.gpu || status=$?
 exit "$status"

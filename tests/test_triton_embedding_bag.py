@@ -183,7 +183,9 @@ def test_layouts() -> None:
         spread(EVERYTHING.indices()),
         spread(EVERYTHING.offsets),
     )
-    torch.testing.assert_close(actual, run(EVERYTHING, "triton", DEVICE))
+    # Atomic additions come in any order, here and below.
+    expected = run(EVERYTHING, "triton", DEVICE)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
@@ -191,7 +193,8 @@ def test_layouts() -> None:
 @pytest.mark.parametrize("mode", ["sum", "max"])
 def test_opcheck(operator: str, mode: str) -> None:
     arguments = map(on_device, operator_calls(SMALL_TABLE, mode)[operator])
-    torch.library.opcheck(getattr(torch.ops.hfh, operator).default, tuple(arguments))
+    call = getattr(torch.ops.hfh, operator).default
+    torch.library.opcheck(call, tuple(arguments), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
@@ -207,7 +210,7 @@ def test_compiled_layer(mode: str) -> None:
         output = call(indices)
         gradients = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
         outcomes.append([output, *gradients])
-    torch.testing.assert_close(*outcomes)
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels assert, and the device is lost")

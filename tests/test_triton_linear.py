@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfh_kernels import HashSpec, Reconstruction, dispatch, functional
 from tests.samples import (
@@ -135,7 +137,16 @@ def assert_matches_reference(sample: Sample) -> None:
         assert_matches(result, expected[name], sample.dtype)
 
 
-each_sample = pytest.mark.parametrize("sample", SWEEP, ids=lambda sample: sample.name)
+def _cost(sample: Sample) -> list[pytest.MarkDecorator]:
+    """The compiler takes minutes for the largest networks."""
+    network = sample.reconstruction
+    terms = sum(rows * cols for rows, cols in network.layer_shapes(sample.hash_spec.num_hashes))
+    return [pytest.mark.slow] if terms > 200 else []
+
+
+each_sample = pytest.mark.parametrize(
+    "sample", [pytest.param(sample, marks=_cost(sample), id=sample.name) for sample in SWEEP]
+)
 
 
 @each_sample
@@ -204,6 +215,65 @@ def test_deterministic_gradient_of_what_is_not_finite(bad: float, poisoned_memor
     assert run_with(sample, arguments, "triton")["pool"].isnan().all()
 
 
+@pytest.mark.parametrize("of", ["input", "grad_output"])
+def test_nan_reaches_the_pool_through_the_weights_that_meet_it_only(of: str) -> None:
+    """And not through what lies beyond the edges of tiles."""
+    spec = HashSpec(num_hashes=1, pool_size=2**16)
+    sample = dataclasses.replace(SAMPLES[0], hash_spec=spec, reconstruction=Reconstruction(1))
+    arguments, grad_output = sample.arguments(), sample.grad_output()
+    if of == "input":
+        arguments.input[1, 2] = torch.nan
+    else:
+        grad_output[1, 2] = torch.nan
+    actual = run_with(sample, arguments, "triton", grad_output)["pool"]
+    expected = run_with(sample, arguments.double(), "reference", grad_output)["pool"]
+    assert expected.isnan().any()
+    assert torch.equal(actual.isnan(), expected.isnan())
+
+
+class _NoProducts(TorchDispatchMode):
+    """Raises as cuBLAS does where algorithms have to be deterministic."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        aten = torch.ops.aten
+        assert func not in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.mv.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_deterministic_gradient_needs_no_cublas(poisoned_memory: None) -> None:
+    sample = SAMPLES[0]
+    arguments = sample.arguments().map(lambda tensor: tensor.to(DEVICE))
+    launcher = importlib.import_module("hfh_kernels.ops.linear.triton").linear_backward_weight
+    with _NoProducts():  # type: ignore[no-untyped-call]
+        launcher(sample.grad_output().to(DEVICE), *arguments[:3], *sample.weight)
+
+
+@pytest.fixture
+def _restored_precision() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("_restored_precision")
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("fp32_precision", "tf32", "tf32"),
+        ("fp32_precision", "ieee", "tf32x3"),
+        ("allow_tf32", True, "tf32"),
+        ("allow_tf32", False, "tf32x3"),
+    ],
+)
+def test_precision_by_either_of_its_names(name: str, value: str | bool, expected: str) -> None:
+    setattr(torch.backends.cuda.matmul, name, value)
+    triton_linear = importlib.import_module("hfh_kernels.ops.linear.triton")
+    assert triton_linear._precision(torch.ones(1)) == expected
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -250,6 +320,10 @@ def test_bad_weights() -> None:
         ((input, pool[1:], theta, bias, size, *weight), "pool_size must be a multiple of block"),
         ((input, pool, theta, bias[1:], size, *weight), "bias must have shape"),
         ((input[0, 0], pool, theta, bias, size, *weight), "input must have at least one dim"),
+        (
+            (input[:1].expand(2**31, -1), pool, theta, bias, size, *weight),
+            "input must have at most 2147418112 rows here, received 2147483648",
+        ),
         (
             (input, pool, theta, bias, size, *weight._replace(row_offset=2**32 - 1)),
             r"rows must be in .*row_offset=4294967295",

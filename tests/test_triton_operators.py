@@ -93,6 +93,32 @@ def test_graph() -> None:
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_graph_of_gradients(deterministic: bool) -> None:
+    layer = HFHLinear(128, 96, pool=Pool(640)).to(DEVICE)
+    input = torch.randn(5, 128, device=DEVICE)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(layer(input).square().sum(), list(layer.parameters()))
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            gradients()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = gradients()
+        input.copy_(torch.randn(5, 128, device=DEVICE))
+        graph.replay()
+        torch.testing.assert_close(captured, gradients(), rtol=1e-4, atol=1e-4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 def test_stream() -> None:
     layer = HFHLinear(2048, 2048, pool=Pool(2**16)).to(DEVICE)
     input = torch.randn(64, 2048, device=DEVICE)

@@ -189,5 +189,6 @@ def _slope(virtual: VirtualWeight) -> Tensor:
     network = Reconstruction(virtual.DEPTH.value, virtual.WIDTH.value)
     slopes = torch.eye(virtual.NUM_HASHES.value, device=theta.device)
     for weight, _ in split_theta(theta, virtual.NUM_HASHES.value, network):
-        slopes = weight.abs() @ slopes
+        # No matrix product: cuBLAS's refuse where algorithms have to be deterministic.
+        slopes = (weight.abs()[:, :, None] * slopes).sum(1)
     return slopes.max() * math.fabs(virtual.scale)

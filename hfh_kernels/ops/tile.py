@@ -295,7 +295,7 @@ class Gradients(NamedTuple):
 @triton.jit
 def _add_to_theta(weight, gradients, INDEX: tl.constexpr, terms):
     # Each program has numbers of its own, so the order of the sums is that of the program.
-    first = gradients.theta + tl.program_id(0) * weight.NUM_PARAMETERS
+    first = gradients.theta + tl.program_id(0).to(tl.int64) * weight.NUM_PARAMETERS
     tl.atomic_add(first + INDEX, tl.sum(terms), sem="relaxed")
 
 

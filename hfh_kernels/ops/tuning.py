@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -159,24 +160,29 @@ def run(
         activations.element_size(),
         on,
     )
-    if mode() == "full" and activations.is_cuda and not torch.cuda.is_current_stream_capturing():
+    if mode() == "full" and activations.is_cuda:
         key = (
             kernel, regime, activations.device, activations.dtype, virtual.pool.dtype,
             *(field.value for field in virtual if isinstance(field, tl.constexpr)),
         )  # fmt: skip
-        if key not in _tuned:
+        if key not in _tuned and not torch.cuda.is_current_stream_capturing():
             candidates = {
                 fitted(kernel, candidate, virtual, activations.element_size(), on)
                 for candidate in neighbours(chosen)
             }
             _tuned[key] = min(
-                candidates,
-                key=lambda candidate: float(
-                    triton.testing.do_bench(lambda: launch(candidate, on), return_mode="median")
-                ),
+                candidates, key=lambda candidate: _milliseconds(lambda: launch(candidate, on))
             )
-        chosen = _tuned[key]
+        chosen = _tuned.get(key, chosen)
     return launch(chosen, on)
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    """inf for tiles that need more registers or memory than a program may have."""
+    try:
+        return float(triton.testing.do_bench(run, return_mode="median"))
+    except triton.OutOfResources:
+        return math.inf
 
 
 def neighbours(start: Tiles) -> list[Tiles]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hfh_kernels.ops import tuning
 from hfh_kernels.ops.launch import (
+    MAX_EXTENT,
     GradientSums,
     dot_precision,
     lead,
@@ -127,6 +128,8 @@ def _linear_bwd_weight_kernel(
             input + rows * in_features + k[None, :], mask=inside_m & inside_k[None, :], other=0.0
         )
         grad = product(tl.trans(g), x.to(g.dtype), grad, PRECISION)
+    # Zeros times what is not finite are not zero.
+    grad = tl.where(inside_n[:, None] & inside_k[None, :], grad, 0.0)
     keys, bases = hash_rows(weight, logical_rows(weight, n))
     theta = load_theta(weight)
     wide_tile_backward(
@@ -151,7 +154,7 @@ def linear(
         require_bias(bias, input, out_features)
         bias = bias.contiguous()
     virtual = virtual_weight(pool, theta, out_features, in_features, weight)
-    rows = _matrix(input)
+    rows = _matrix("input", input)
     batch = rows.shape[0]
 
     def launch(tiles: Tiles, device: Device) -> Tensor:
@@ -185,7 +188,7 @@ def linear_backward_input(
     require_inputs(grad_output=grad_output, pool=pool, theta=theta)
     out_features = grad_output.shape[-1]
     virtual = virtual_weight(pool, theta, out_features, in_features, weight)
-    rows = _matrix(grad_output)
+    rows = _matrix("grad_output", grad_output)
     batch = rows.shape[0]
 
     def launch(tiles: Tiles, device: Device) -> Tensor:
@@ -216,8 +219,8 @@ def linear_backward_weight(
     require_inputs(grad_output=grad_output, input=input, pool=pool, theta=theta)
     out_features, in_features = grad_output.shape[-1], input.shape[-1]
     virtual = virtual_weight(pool, theta, out_features, in_features, weight)
-    grads = _matrix(grad_output)
-    rows = _matrix(input)
+    grads = _matrix("grad_output", grad_output)
+    rows = _matrix("input", input)
     batch = rows.shape[0]
 
     def bound() -> Tensor:
@@ -250,9 +253,12 @@ _GROUP_M = 8
 """Tiles of rows that run side by side, so that they find each other's columns in the cache."""
 
 
-def _matrix(tensor: Tensor) -> Tensor:
+def _matrix(name: str, tensor: Tensor) -> Tensor:
     """[..., features] as contiguous [batch, features]."""
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
+    batch = math.prod(tensor.shape[:-1])
+    if batch > MAX_EXTENT:
+        raise ValueError(f"{name} must have at most {MAX_EXTENT} rows here, received {batch}")
+    return tensor.reshape(batch, tensor.shape[-1]).contiguous()
 
 
 def _parts(parts: int, shape: tuple[int, int], like: Tensor) -> Tensor:
@@ -267,4 +273,6 @@ def _total(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _precision(tensor: Tensor) -> str:
-    return dot_precision(tensor.dtype, torch.get_float32_matmul_precision() != "highest")
+    # torch.get_float32_matmul_precision raises where it was set by this newer name.
+    matmul: Any = torch.backends.cuda.matmul
+    return dot_precision(tensor.dtype, matmul.fp32_precision == "tf32")
