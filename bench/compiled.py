@@ -40,7 +40,6 @@ from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.ops import tuning
 from hfh_kernels.ops.conv2d import triton as conv2d_triton
 from hfh_kernels.ops.embedding import triton as embedding_triton
-from hfh_kernels.ops.embedding.triton import ASSERTIONS
 from hfh_kernels.ops.embedding_bag import triton as bag_triton
 from hfh_kernels.ops.linear import triton as linear_triton
 
@@ -147,9 +146,9 @@ _NAMES = {
 
 
 def compile_launch(launch: Launch, call: str, arch: int) -> Compiled:
-    warps = launch.keywords.get("num_warps", 4)
-    options = {"num_warps": warps, "num_stages": launch.keywords.get("num_stages", 3)}
-    options |= {key: launch.keywords[key] for key in ASSERTIONS if key in launch.keywords}
+    names = launch.kernel.arg_names
+    options = {key: value for key, value in launch.keywords.items() if key not in names}
+    warps = options["num_warps"]
     compiled = triton.compile(source(launch), GPUTarget("cuda", arch, 32), options)
     sass, usage = _disassembled(compiled.asm["cubin"])
     instructions, body = _longest_loop(sass)

@@ -34,6 +34,11 @@ class Tiles:
     stages: int
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Of a launch. Multiply-adds are fused by every Triton: defaults have changed."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+    @property
     def chunk(self) -> int:
         """Columns that g's backward pass takes at a time: over 8 weights a thread it spills."""
         return max(8, 8 * 32 * self.warps // self.n)

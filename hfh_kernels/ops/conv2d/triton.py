@@ -69,7 +69,7 @@ def conv2d(
                 convolution, num_m, start,
                 TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, PARTS=parts,
                 HAS_BIAS=bias is not None,
-                PRECISION=_precision(input), num_warps=tiles.warps, num_stages=tiles.stages,
+                PRECISION=_precision(input), **tiles.options,
             )  # fmt: skip
         return _total(output, parts, input)
 
@@ -105,7 +105,7 @@ def conv2d_backward_input(
                 _images(grad_output), virtual, _images(grad_input), convolution, num_m, start,
                 TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, PARTS=parts,
                 PRECISION=_precision(grad_output),
-                num_warps=tiles.warps, num_stages=tiles.stages,
+                **tiles.options,
             )  # fmt: skip
         return _total(grad_input, parts, grad_output)
 
@@ -148,7 +148,7 @@ def conv2d_backward_weight(
                 num_m, start,
                 TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, CHUNK=tiles.chunk, PARTS=parts,
                 PRECISION=_precision(grad_output),
-                num_warps=tiles.warps, num_stages=tiles.stages,
+                **tiles.options,
             )  # fmt: skip
         return sums.result()
 

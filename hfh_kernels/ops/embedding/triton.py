@@ -220,7 +220,7 @@ def embedding(
             _embedding_fwd_kernel[(programs,)](
                 table, virtual, output, num_entries, embedding_dim, start,
                 TILE_N=tiles.n, TILE_K=tiles.k,
-                num_warps=tiles.warps, num_stages=tiles.stages, **ASSERTIONS,
+                **tiles.options, **ASSERTIONS,
             )  # fmt: skip
         return output
 
@@ -266,7 +266,7 @@ def embedding_backward(
             _embedding_bwd_kernel[(programs,)](
                 grad, table, virtual, *sums.arguments(), num_entries, cols, start,
                 TILE_N=tiles.n, TILE_K=tiles.k,
-                num_warps=tiles.warps, num_stages=tiles.stages, **ASSERTIONS,
+                **tiles.options, **ASSERTIONS,
             )  # fmt: skip
         return sums.results()
 

@@ -231,7 +231,7 @@ def embedding_bag(
             _embedding_bag_fwd_kernel[(programs,)](
                 table, bags, virtual, output, winners, embedding_dim, start,
                 MODE=mode, TILE_N=tiles.n, TILE_K=tiles.k,
-                num_warps=tiles.warps, num_stages=tiles.stages, **ASSERTIONS,
+                **tiles.options, **ASSERTIONS,
             )  # fmt: skip
         return output, winners
 
@@ -287,7 +287,7 @@ def embedding_bag_backward(
         with on_device(pool):
             _embedding_bag_bwd_max_kernel[(programs,)](
                 grad, winners, table, virtual, *sums.arguments(), bags.num_bags, cols,
-                TILE_N=tiles.n, TILE_K=tiles.k, num_warps=tiles.warps, num_stages=tiles.stages,
+                TILE_N=tiles.n, TILE_K=tiles.k, **tiles.options,
             )  # fmt: skip
         return sums.results()
 
@@ -306,7 +306,7 @@ def embedding_bag_backward(
             _embedding_bag_bwd_kernel[(programs,)](
                 grad, table, bags, counts, virtual, *sums.arguments(), grad_factors, cols, start,
                 MODE=mode, TILE_N=tiles.n, TILE_K=tiles.k,
-                num_warps=tiles.warps, num_stages=tiles.stages, **ASSERTIONS,
+                **tiles.options, **ASSERTIONS,
             )  # fmt: skip
         return sums.results()
 

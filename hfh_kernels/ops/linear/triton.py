@@ -170,7 +170,7 @@ def linear(
                 batch, out_features, in_features, start,
                 TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, GROUP_M=_GROUP_M, PARTS=parts,
                 HAS_BIAS=bias is not None, RAGGED=(in_features | start) % tiles.k != 0,
-                PRECISION=_precision(input), num_warps=tiles.warps, num_stages=tiles.stages,
+                PRECISION=_precision(input), **tiles.options,
             )  # fmt: skip
         return _total(output, input.dtype)
 
@@ -201,7 +201,7 @@ def linear_backward_input(
                 rows, virtual, grad_input, batch, out_features, in_features, start,
                 TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, GROUP_M=_GROUP_M, PARTS=parts,
                 RAGGED=out_features % tiles.n != 0, PRECISION=_precision(grad_output),
-                num_warps=tiles.warps, num_stages=tiles.stages,
+                **tiles.options,
             )  # fmt: skip
         return _total(grad_input, grad_output.dtype)
 
@@ -239,7 +239,7 @@ def linear_backward_weight(
                 grads, rows, virtual, sums.argument(), batch, out_features, in_features, start,
                 TILE_M=tiles.m, TILE_N=tiles.n, TILE_K=tiles.k, CHUNK=tiles.chunk, PARTS=parts,
                 PRECISION=_precision(grad_output),
-                num_warps=tiles.warps, num_stages=tiles.stages,
+                **tiles.options,
             )  # fmt: skip
         return sums.result()
 

@@ -82,7 +82,7 @@ def materialize(pool: Tensor, theta: Tensor, rows: int, cols: int, *weight: Any)
         with on_device(pool):
             _materialize_kernel[grid](
                 virtual, output, rows, cols, start, TILE_N=tiles.n, TILE_K=tiles.k,
-                num_warps=tiles.warps, num_stages=tiles.stages,
+                **tiles.options,
             )  # fmt: skip
         return output
 
@@ -109,7 +109,7 @@ def materialize_backward(
             _materialize_bwd_kernel[(programs,)](
                 grad, virtual, sums.argument(), rows, cols, start,
                 TILE_N=tiles.n, TILE_K=tiles.k, CHUNK=tiles.chunk,
-                num_warps=tiles.warps, num_stages=tiles.stages,
+                **tiles.options,
             )  # fmt: skip
         return sums.result()
 
