@@ -88,8 +88,9 @@ class Cost:
         operations = ("multiply-adds", "hash", "gathers", "g")
         of_layer = ("layer", "kind", "shape", "parameters", *operations)
         of_method = ("method", "parameters", "bytes", "Adam's bytes", "pass", *operations)
+        by_layer = text_table(of_layer, layers, left=range(3))
         return (
-            f"Each layer, {method}, forward pass:\n\n{text_table(of_layer, layers, num_left=3)}\n\n"
+            f"Each layer, {method}, forward pass:\n\n{by_layer}\n\n"
             f"All layers:\n\n{text_table(of_method, methods)}\n\n"
             "Counted, not timed. Hash: operations on 32-bit integers. Gathers: runs of neighbours\n"
             "read at a hashed or stored place. G: operations of signs, g and scale."
