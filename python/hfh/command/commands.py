@@ -108,7 +108,8 @@ def compress(
 ) -> None:
     """Compress a model, or the weights of a safetensors file, into a new safetensors file.
 
-    Of a file, weights named *.weight with 2 to 4 dimensions are compressed, all else kept.
+    Of a file, weights named *.weight with 2 to 4 dimensions are compressed, and those that have the
+    names of an LSTM, GRU or MultiheadAttention of torch.nn; all else is kept.
 
     hfh materialize turns it back; hfh.load reads it into the model it is of.
     """

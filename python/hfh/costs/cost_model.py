@@ -158,6 +158,11 @@ def weight_cost(model: nn.Module, positions: int = 1) -> Cost:
         elif weight is not None:
             rows = weight.rows - weight.dense_rows
             uses[layer] = Use(1, rows=rows, multiply_adds=positions * weight.size)
+        elif isinstance(layer, _SEVERAL_WEIGHTS):
+            # The output projection of attention is a layer of its own.
+            own = layer.parameters(recurse=False)
+            size = sum(parameter.numel() for parameter in own if parameter.dim() == 2)
+            uses[layer] = Use(1, multiply_adds=positions * size)
     return _cost(model, uses)
 
 
