@@ -290,6 +290,7 @@ class TestErrors:
         model = beside(nn.Conv3d(16, 16, 3))
         with pytest.raises(ValueError, match="and the smallest") as raised:
             compress(model, 1 / 16)
+        assert "there is no hashed Conv3d) and a pool" in str(raised.value)
         smallest = float(str(raised.value).split("the smallest ")[1].split(",")[0])
         _, report = compress(model, smallest)
         assert report.pool_size == defaults.BLOCK

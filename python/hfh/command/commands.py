@@ -146,6 +146,8 @@ def compress(
     if report.fit is not None and not as_json:
         print(f"\n{report.fit.table()}")
     _say(f"Wrote {output}, {output.stat().st_size:,} bytes.")
+    if report.fit is not None and calibration is None:
+        _say("It was fitted to the weights alone: train it, or give --calibration, before use.")
 
 
 @app.command()

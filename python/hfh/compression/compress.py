@@ -105,7 +105,7 @@ def compress(
     dense_parameters = sum(parameter.numel() for parameter in model.parameters())
     kept = dense_parameters - sum(weight.numel() for weight in weights)
     kept += len(weights) * reconstruction.num_parameters(num_hashes)
-    pool_size = _pool_size(ratio, dense_parameters, kept, max(blocks))
+    pool_size = _pool_size(ratio, dense_parameters, kept, max(blocks), selection.skipped)
     dtype = next(iter(weights)).dtype
     chosen = _window(window, rows_per_window, weights, pool_size, dtype)
     hash_arguments = {
@@ -160,17 +160,21 @@ def _cols(weight: Tensor) -> int:
     return weight.numel() // len(weight)
 
 
-def _pool_size(ratio: float, dense_parameters: int, kept: int, block: int) -> int:
+def _pool_size(
+    ratio: float, dense_parameters: int, kept: int, block: int, skipped: Iterable[Row]
+) -> int:
     """The multiple of block that comes closest to the ratio."""
     budget = ratio * dense_parameters
     pool_size = max(1, round((budget - kept) / block)) * block
     if abs(kept + pool_size - budget) > TOLERANCE * budget:
         nearest, smallest = ((kept + size) / dense_parameters for size in (pool_size, block))
+        largest = max(skipped, key=lambda row: row.dense_parameters, default=None)
+        example = "" if largest is None else f", such as {largest.name!r}: {largest.skipped}"
         raise ValueError(
             f"ratio must be one that a pool can meet within {TOLERANCE:.0%}, received {ratio:.5g}: "
             f"the nearest is {nearest:.5g} and the smallest {smallest:.5g}, as {kept:,} of "
-            f"{dense_parameters:,} parameters are not the pool's (biases, norms, layers left "
-            f"dense, every g) and a pool is a multiple of block={block}"
+            f"{dense_parameters:,} parameters are not the pool's (biases, norms, every g, layers "
+            f"left dense{example}) and a pool is a multiple of block={block}"
         )
     require_int("ratio times the parameters", pool_size, 1, 2**31 - 1)
     return pool_size
