@@ -130,6 +130,7 @@ def cost(
         dtype: of zeros, where inputs is a shape; an integer one for a model that looks up rows.
 
     Raises:
+        TypeError: inputs is none of these.
         ValueError: inputs is empty, or a size in it negative; or the model has no parameters.
         Whatever the model raises for these inputs.
     """
@@ -256,6 +257,11 @@ def _arguments(
         return (), inputs
     if isinstance(inputs, Tensor):
         return (inputs,), {}
+    if not isinstance(inputs, Sequence):
+        raise TypeError(
+            "inputs must be a shape, a tensor, or a sequence or mapping of arguments, "
+            f"received {inputs!r}"
+        )
     if len(inputs) == 0:
         raise ValueError(f"inputs must not be empty, received {inputs!r}")
     if all(isinstance(size, int) for size in inputs):
