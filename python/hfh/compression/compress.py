@@ -86,14 +86,18 @@ def compress(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range; no layer can be compressed; no pool meets the
-            ratio within 2%, with the smallest one that can be met; or the model cannot be copied.
+        ValueError: an argument is out of range; importance is of another model; no layer can be
+            compressed; no pool meets the ratio within 2%, with the smallest one that can be met; or
+            the model cannot be copied.
     """
     _check(model, ratio, min_size, init, inplace)
     if init != "fit" and (importance or fit_options):
         raise ValueError(f"importance and fit_options go with init='fit', received init={init!r}")
+    strangers = set(importance or ()) - set(model.modules())
+    if strangers:
+        raise ValueError(f"importance must be of layers of model, received {strangers.pop()}")
     reconstruction = Reconstruction(depth, width, activation)
-    rules = [skip] if isinstance(skip, (str, type)) or callable(skip) else list(skip)
+    rules = list(skip) if isinstance(skip, Iterable) and not isinstance(skip, str) else [skip]
     selection = select(model, rules, min_size)
     if not selection.candidates:
         rows = "; ".join(f"{row.name}: {row.skipped}" for row in selection.skipped[:5])
