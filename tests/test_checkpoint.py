@@ -305,6 +305,8 @@ def test_file_of_another_kind(file: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no_folder.model\.safetensors'$"):
+        save(make_model(), tmp_path / "no_folder" / "model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         load(tmp_path / "nothing.safetensors", make_model())
 

@@ -47,6 +47,10 @@ class Recurrent(nn.Module):
     def forward(self, indices):
         return self.output(self.lstm(self.embedding(indices))[0])
 
+def attention():
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(32, 4, 64)
+
 instance = network()
 number = 3
 
@@ -106,7 +110,7 @@ def run(*arguments: str, missing: str = "nothing") -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.parametrize("command", ["compress", "inspect", "cost", "bench", "materialize"])
+@pytest.mark.parametrize("command", ["compress", "inspect", "cost", "bench"])
 def test_help_shows_how_a_factory_is_named(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,18 +179,43 @@ def test_materialized_file_is_the_compressed_model(
 
 
 def test_recurrent_model_there_and_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """torch's names of its weights come from the model, and ties are stored once."""
+    """Weights have torch's names again, and ties are stored once."""
     output = compressed(capsys, "some_models:Recurrent")
-    model = ("--model", "some_models:Recurrent")
-    succeed(capsys, "materialize", output, "-o", "dense.safetensors", *model)
-    dense = sources.load_model("some_models:Recurrent")
-    safetensors.torch.load_model(dense, "dense.safetensors")
+    succeed(capsys, "materialize", output, "-o", "dense.safetensors")
+    dense = sources.load_model("some_models:Recurrent", Path("dense.safetensors"))
+    safetensors.torch.load_model(sources.load_model("some_models:Recurrent"), "dense.safetensors")
     hashed = checkpoint.load(output, sources.load_model("some_models:Recurrent"))
     indices = torch.arange(12).view(3, 4)
     torch.testing.assert_close(dense(indices), hashed(indices))
     names = safetensors.torch.load_file("dense.safetensors").keys()
     assert len({"embedding.weight", "output.weight"} & names) == 1
     assert "lstm.weight_hh_l0" in names
+
+
+def test_attention_there_and_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = compressed(capsys, "some_models:attention")
+    succeed(capsys, "materialize", output, "-o", "dense.safetensors")
+    dense = sources.load_model("some_models:attention", Path("dense.safetensors")).eval()
+    hashed = checkpoint.load(output, sources.load_model("some_models:attention")).eval()
+    input = torch.randn(3, 2, 32)
+    torch.testing.assert_close(dense(input), hashed(input))
+
+
+@pytest.mark.parametrize("has_noted_ties", [True, False])
+def test_tied_weights_of_a_plain_file(
+    has_noted_ties: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are there by one name, and safetensors' save_model notes the other."""
+    model = sources.load_model("some_models:Recurrent")
+    torch.nn.init.normal_(model.get_parameter("embedding.weight"))
+    tensors = {name: value for name, value in model.state_dict().items() if name != "output.weight"}
+    ties = {"output.weight": "embedding.weight"} if has_noted_ties else {}
+    safetensors.torch.save_file(tensors, "tied.safetensors", {"format": "pt", **ties})
+    loaded = sources.load_model("some_models:Recurrent", Path("tied.safetensors"))
+    assert torch.equal(loaded.get_parameter("output.weight"), tensors["embedding.weight"])
+    of_file = sources.load_model("tied.safetensors")
+    names = {name for name, _ in of_file.named_parameters(remove_duplicate=False)}
+    assert ("output.weight" in names) is has_noted_ties
 
 
 def test_weights_go_into_what_the_factory_makes(
@@ -240,7 +269,8 @@ def test_calibration_fits_the_outputs(folder: Path, capsys: pytest.CaptureFixtur
     errors = []
     for options in ((), ("--calibration", "inputs.safetensors")):
         arguments = ("some_models:wide", "-o", "out.safetensors", "--ratio", "1/4", "--block", 1)
-        succeed(capsys, "compress", *arguments, *options)
+        assert cli.main(["compress", *map(str, arguments), *options]) == 0
+        assert ("fitted to the weights alone" in capsys.readouterr().err) is (not options)
         dense = sources.load_model("some_models:wide")
         hashed = checkpoint.load("out.safetensors", sources.load_model("some_models:wide"))
         errors.append((hashed(inputs) - dense(inputs)).norm() / dense(inputs).norm())
@@ -364,7 +394,8 @@ def test_wrong_arguments(
         ("inspect no_models:network", "no_models:network: no module named no_models"),
         ("inspect some_models.more:network", "some_models.more:network: no module named"),
         ("inspect some_models:missing", "some_models:missing: some_models has no 'missing'"),
-        ("inspect some_models:", "some_models:: some_models has no ''"),
+        ("inspect some_models:", "given as package.module:factory, received some_models:"),
+        ("inspect :network", "given as package.module:factory, received :network"),
         ("inspect some_models:number", "must give a torch.nn.Module, received int"),
         ("inspect some_models:broken", "hfh: error: RuntimeError: two lines"),
         ("inspect plain.safetensors --weights plain.safetensors", "--weights goes with package"),
@@ -372,6 +403,9 @@ def test_wrong_arguments(
         ("compress plain.safetensors -o x --skip nowhere", "matches no module: 'nowhere'"),
         ("compress plain.safetensors -o x --block 3 --init scratch", "block must be a power"),
         ("materialize nothing.safetensors -o x", "nothing.safetensors: No such file"),
+        ("materialize plain.safetensors -o x", "plain.safetensors: a safetensors file, but"),
+        ("compress some_models:network -o x --calibration plain.safetensors",
+         "plain.safetensors does not hold inputs of the model"),
         ("cost some_models:network --input 1,7,4,4 --ratio 1/4", "to have 2 channels, but got 7"),
     ],
 )  # fmt: skip

@@ -251,7 +251,12 @@ class TestErrors:
             ({"init": "random"}, ValueError, "init must be 'scratch' or 'fit', received 'random'"),
             ({"fit_options": {"progress": True}}, ValueError, "go with init='fit', received"),
             ({"importance": {nn.ReLU(): torch.ones(2)}}, ValueError, "received init='scratch'"),
-            ({"skip": 3}, TypeError, "'int' object is not iterable|skip must hold"),
+            (
+                {"importance": {nn.Linear(3, 2): torch.ones(3)}, "init": "fit"},
+                ValueError,
+                r"importance must be of layers of model, received Linear\(",
+            ),
+            ({"skip": 3}, TypeError, "skip must hold .* received 3"),
             ({"skip": [3]}, TypeError, "skip must hold .* received 3"),
             ({"skip": [int]}, TypeError, "skip must hold .* received <class 'int'>"),
             ({"skip": "heads"}, ValueError, "skip has a pattern that matches no module: 'heads'"),
@@ -290,6 +295,7 @@ class TestErrors:
         model = beside(nn.Conv3d(16, 16, 3))
         with pytest.raises(ValueError, match="and the smallest") as raised:
             compress(model, 1 / 16)
+        assert "there is no hashed Conv3d) and a pool" in str(raised.value)
         smallest = float(str(raised.value).split("the smallest ")[1].split(",")[0])
         _, report = compress(model, smallest)
         assert report.pool_size == defaults.BLOCK

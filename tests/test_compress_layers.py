@@ -312,10 +312,21 @@ class TestReport:
             "cpu: rows as they are looked up",
             "cpu: tiles of weights",
         ]
-        assert regimes(dense, depth=2) == [
+        without_slots = [
             "cpu: tiles of weights",
             "cpu: rows as they are looked up",
             "cpu: tiles of weights",
+        ]
+        assert regimes(dense, depth=2) == without_slots
+        assert regimes(copy.deepcopy(dense).double()) == without_slots
+
+    def test_regimes_of_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("hfh_kernels.dispatch.choose", lambda backend, *tensors: "triton")
+        model = nn.ModuleList([nn.Linear(64, 64), nn.Embedding(64, 64)])
+        rows = compress(model, 1 / 2)[1].rows
+        assert [row.regime for row in rows] == [
+            "triton: tiles of weights",
+            "triton: rows as they are looked up",
         ]
 
 

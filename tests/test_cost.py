@@ -432,6 +432,11 @@ def test_wrong_inputs(inputs: tuple[int, ...], message: str) -> None:
         cost(nn.Linear(8, 2), inputs)
 
 
+def test_inputs_of_wrong_type() -> None:
+    with pytest.raises(TypeError, match=r"inputs must be a shape, .* received 8"):
+        cost(nn.Linear(8, 2), 8)  # type: ignore[arg-type]
+
+
 def test_model_without_parameters() -> None:
     with pytest.raises(ValueError, match="model has no parameters"):
         cost(nn.ReLU(), (2,))

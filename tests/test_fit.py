@@ -318,6 +318,15 @@ def test_report() -> None:
     assert fields["pool_size"] == 128
 
 
+def test_progress_of_a_fit_that_ends_early(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    report = fit(random_weights(make_layers()), tolerance=0.9, progress=True)
+    assert report.linear_rounds < 20
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fitting 20/20 ")
+
+
 @pytest.mark.parametrize("has_rich", [True, False])
 def test_progress_goes_to_standard_error(
     has_rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -80,18 +80,26 @@ def test_a_checkpoint_of_another_fit_is_refused(tmp_path: Path) -> None:
             fit(other, checkpoint=file, linear_rounds=linear_rounds)
 
 
-@pytest.mark.parametrize("content", [b"", b"not safetensors at all", None])
-def test_a_damaged_checkpoint_is_an_error(content: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["empty", "no safetensors", "cut short", "one bit"])
+def test_a_damaged_checkpoint_is_an_error(damage: str, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     weights = random_weights(make_layers())
     file = tmp_path / "fit.safetensors"
     fit(weights, checkpoint=file)
-    file.write_bytes(file.read_bytes()[:-5] if content is None else content)
+    content = file.read_bytes()
+    damaged = {
+        "empty": b"",
+        "no safetensors": b"not safetensors at all",
+        "cut short": content[:-5],
+        "one bit": content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+    }
+    file.write_bytes(damaged[damage])
     with pytest.raises(ValueError, match=r"fit\.safetensors is not that of a fit"):
         fit(weights, checkpoint=file)
 
 
 def test_a_checkpoint_without_safetensors_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setitem(sys.modules, "hfh.files.tensor_file", None)
+    monkeypatch.delattr("hfh.files.tensor_file", raising=False)
     with pytest.raises(ImportError, match="a checkpoint needs safetensors"):
         fit(random_weights(make_layers()), checkpoint="fit.safetensors")

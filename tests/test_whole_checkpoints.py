@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hfh.compression.compress import compress
-from hfh.costs.cost_model import HFH, METHODS, cost
+from hfh.compression.dense import materialize
+from hfh.costs.cost_model import HFH, METHODS, cost, weight_cost
 from hfh.files import checkpoint
 from hfh.files.checkpoint import load, save
 from hfh.files.checkpoint_contents import Checkpoint, describe, hashed_layers
@@ -170,6 +171,65 @@ def test_file_made_from_tensors_alone(dropped: str, tmp_path: Path) -> None:
     again = tmp_path / "again.safetensors"
     save(model, again)
     assert torch.equal(load(again, Varied()).eval()(INDICES), model(INDICES))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(24, 32),
+        nn.LSTM(24, 32, num_layers=2, bidirectional=True, proj_size=16),
+        nn.LSTM(24, 32, bias=False),
+        nn.GRU(24, 32, num_layers=2),
+        nn.MultiheadAttention(32, 4),
+        nn.MultiheadAttention(32, 4, bias=False, add_bias_kv=True),
+        nn.MultiheadAttention(32, 4, kdim=24, vdim=16),
+        nn.MultiheadAttention(32, 4, kdim=32, vdim=16),
+    ],
+    ids=str,
+)
+def test_layers_of_several_weights_from_tensors_alone(layer: nn.Module, tmp_path: Path) -> None:
+    """All weights are compressed, go into the model, and come back under torch's names."""
+    path = tmp_path / "model.safetensors"
+    tensors = {f"inner.layer.{name}": value for name, value in layer.state_dict().items()}
+    tree = state_dict_model(Checkpoint({**tensors, "inner.more": torch.ones(3)}, {}, {}, {}))
+    assert type(tree.get_submodule("inner.layer")) is type(layer)
+    matrices = sum(value.numel() for value in tensors.values() if value.dim() == 2)
+    assert sum(row.use.multiply_adds for row in weight_cost(tree, 2).rows) == 2 * matrices
+    hashed, report = compress(tree, 1 / 2, min_size=1)
+    assert all(row.skipped is None for row in report.rows)
+    save(hashed, path)
+    contents = checkpoint.read(path)
+    back = describe(materialize(state_dict_model(contents))).renamed(contents.dense_names)
+    assert back.names == [*back.tensors]
+    assert {name: value.shape for name, value in back.tensors.items()} == {
+        **{name: value.shape for name, value in tensors.items()},
+        "inner.more": (3,),
+    }
+    inner = nn.Module()
+    inner.layer = copy.deepcopy(layer)
+    inner.more = nn.Parameter(torch.zeros(3))
+    model = nn.Module()
+    model.inner = inner
+    state = materialize(load(path, model)).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in back.tensors.items())
+
+
+def test_nearly_layers_of_several_weights() -> None:
+    """Their matrices stay parameters, but for those that are a Linear's."""
+    lstm, attention = nn.LSTM(4, 5).state_dict(), nn.MultiheadAttention(4, 2).state_dict()
+    groups = {
+        "lacks_one": {name: value for name, value in lstm.items() if name != "bias_hh_l0"},
+        "projects": {**nn.GRU(4, 5).state_dict(), "weight_hr_l0": torch.ones(2, 5)},
+        "plain": nn.RNN(4, 5).state_dict(),
+        "flat": {"weight_ih_l0": torch.ones(4), "weight_hh_l0": torch.ones(4)},
+        "mixed": {**attention, "in_proj_bias": torch.zeros(12).half()},
+        "scalar": {"k_proj_weight": torch.tensor(1.0), "out_proj.weight": torch.ones(2, 2)},
+    }
+    tensors = {f"{a}.{b}": value for a, group in groups.items() for b, value in group.items()}
+    model = state_dict_model(Checkpoint(tensors, {}, {}, {}))
+    layers = {name for name, module in model.named_modules() if type(module) is not nn.Module}
+    assert layers == {"", "mixed.out_proj", "scalar.out_proj"}
+    assert model.state_dict().keys() == tensors.keys()
 
 
 def test_tree_of_tensors() -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 _PREFIXES = "kMGTPE"
 
 
-def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
-    """Columns two spaces apart: the first ``num_left`` to the left, others to the right."""
+def text_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)
+) -> str:
+    """Columns two spaces apart, flush left those whose index is in ``left``, others right."""
     lines = [headings, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < num_left else cell.rjust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

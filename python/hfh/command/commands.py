@@ -108,7 +108,8 @@ def compress(
 ) -> None:
     """Compress a model, or the weights of a safetensors file, into a new safetensors file.
 
-    Of a file, weights named *.weight with 2 to 4 dimensions are compressed, all else kept.
+    Of a file, weights named *.weight with 2 to 4 dimensions are compressed, and those that have the
+    names of an LSTM, GRU or MultiheadAttention of torch.nn; all else is kept.
 
     hfh materialize turns it back; hfh.load reads it into the model it is of.
     """
@@ -145,6 +146,8 @@ def compress(
     if report.fit is not None and not as_json:
         print(f"\n{report.fit.table()}")
     _say(f"Wrote {output}, {output.stat().st_size:,} bytes.")
+    if report.fit is not None and calibration is None:
+        _say("It was fitted to the weights alone: train it, or give --calibration, before use.")
 
 
 @app.command()
@@ -167,31 +170,22 @@ def materialize(
         Path, typer.Argument(metavar="FILE", help="That hfh compress wrote.", show_default=False)
     ],
     output: Output,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FACTORY",
-            help="What made the model, if it has recurrent or attention layers.",
-        ),
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the virtual weights out as a dense safetensors file, under the names they had."""
     _require_output(output, source)
     with _working(f"reading {source}"):
-        from hfh.command.sources import load_model
         from hfh.compression.dense import materialize
-        from hfh.files import checkpoint, checkpoint_contents, tensor_file
+        from hfh.files import checkpoint, tensor_file
+        from hfh.files.checkpoint_contents import describe
+        from hfh.files.state_dict_model import state_dict_model
 
-        if model is None:
-            compressed = load_model(str(source))
-        else:
-            compressed = checkpoint.load(source, load_model(model))
-        dense = checkpoint_contents.describe(materialize(compressed))
+        contents = checkpoint.read(source)
+        dense = describe(materialize(state_dict_model(contents))).renamed(contents.dense_names)
     if dense.extra_states:
         keys = ", ".join(dense.extra_states)
         raise ValueError(f"{source} holds what a file of tensors cannot: {keys}")
-    # Ties are noted as safetensors' own save_model does it.
+    # Ties are noted as safetensors' save_model does it.
     tensor_file.write(output, dense.tensors, {"format": "pt", **dense.aliases})
     numbers = sum(tensor.numel() for tensor in dense.tensors.values())
     if as_json:
@@ -319,7 +313,12 @@ def _second_moments(model: nn.Module, calibration: Path) -> dict[nn.Module, torc
     from hfh.fitting.moments import second_moments
 
     batches, _ = read(calibration)
-    moments: dict[nn.Module, torch.Tensor] = second_moments(model.eval(), batches.values())
+    moments: dict[nn.Module, torch.Tensor]
+    try:
+        moments = second_moments(model.eval(), batches.values())
+    except Exception as error:
+        # The model's own errors know nothing of files.
+        raise ValueError(f"{calibration} does not hold inputs of the model: {error}") from error
     return moments
 
 

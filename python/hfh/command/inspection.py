@@ -85,7 +85,7 @@ class Inspection:
         if self.layers:
             headings = ("layer", "class", "g", "shape", "hashes", "block", "window", "seed")
             rows = [_layer_cells(layer) for layer in self.layers]
-            parts.append(text_table(headings, rows, num_left=3))
+            parts.append(text_table(headings, rows, left=range(3)))
         tensors = [
             (
                 tensor.name + (f" (and {len(tensor.aliases)} more)" if tensor.aliases else ""),
@@ -95,7 +95,7 @@ class Inspection:
             )
             for tensor in self.tensors
         ]
-        parts.append(text_table(("tensor", "dtype", "shape", "numbers"), tensors, num_left=2))
+        parts.append(text_table(("tensor", "dtype", "shape", "numbers"), tensors, left=range(2)))
         totals = self.totals
         stored = f"{totals['numbers']:,} numbers in {totals['bytes']:,} bytes"
         stands_for = (

@@ -71,6 +71,7 @@ Ratio = Annotated[
     typer.Option(
         parser=_ratio,
         metavar="RATIO",
+        show_default="1/16",
         help="Parameters after / before, such as 1/16 or 0.05.",
     ),
 ]

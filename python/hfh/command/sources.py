@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hfh.files import checkpoint
+from hfh.files.checkpoint_contents import identity
 from hfh.files.state_dict_model import state_dict_model
+
+_MAX_DIFFERENCE = 300
 
 
 class SourceError(ValueError):
@@ -48,14 +53,30 @@ def load_model(source: str, weights: Path | None = None) -> nn.Module:
     if contents.layers:
         return checkpoint.load(weights, model)
     try:
-        model.load_state_dict(contents.state_dict())
+        model.load_state_dict(_with_ties(contents.state_dict(), model))
     except RuntimeError as error:
-        raise SourceError(f"{weights} does not fit {source}: {error}") from error
+        # torch names every tensor, which may be thousands.
+        difference = textwrap.shorten(str(error), _MAX_DIFFERENCE, placeholder=" ...")
+        raise SourceError(f"{weights} does not fit {source}: {difference}") from error
     return model
+
+
+def _with_ties(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Tensors that the model shares, by all of their names: files have them by one."""
+    own = {
+        name: identity(tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
+    given = {own[name]: tensor for name, tensor in state.items() if name in own}
+    tied = {name: given[key] for name, key in own.items() if key in given}
+    return tied | state
 
 
 def _made_by(source: str) -> nn.Module:
     module_name, _, factory_name = source.partition(":")
+    if not module_name or not factory_name:
+        raise SourceError(f"a factory must be given as package.module:factory, received {source}")
     sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)

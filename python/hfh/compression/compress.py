@@ -86,14 +86,18 @@ def compress(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range; no layer can be compressed; no pool meets the
-            ratio within 2%, with the smallest one that can be met; or the model cannot be copied.
+        ValueError: an argument is out of range; importance is of another model; no layer can be
+            compressed; no pool meets the ratio within 2%, with the smallest one that can be met; or
+            the model cannot be copied.
     """
     _check(model, ratio, min_size, init, inplace)
     if init != "fit" and (importance or fit_options):
         raise ValueError(f"importance and fit_options go with init='fit', received init={init!r}")
+    strangers = set(importance or ()) - set(model.modules())
+    if strangers:
+        raise ValueError(f"importance must be of layers of model, received {strangers.pop()}")
     reconstruction = Reconstruction(depth, width, activation)
-    rules = [skip] if isinstance(skip, (str, type)) or callable(skip) else list(skip)
+    rules = list(skip) if isinstance(skip, Iterable) and not isinstance(skip, str) else [skip]
     selection = select(model, rules, min_size)
     if not selection.candidates:
         rows = "; ".join(f"{row.name}: {row.skipped}" for row in selection.skipped[:5])
@@ -105,7 +109,7 @@ def compress(
     dense_parameters = sum(parameter.numel() for parameter in model.parameters())
     kept = dense_parameters - sum(weight.numel() for weight in weights)
     kept += len(weights) * reconstruction.num_parameters(num_hashes)
-    pool_size = _pool_size(ratio, dense_parameters, kept, max(blocks))
+    pool_size = _pool_size(ratio, dense_parameters, kept, max(blocks), selection.skipped)
     dtype = next(iter(weights)).dtype
     chosen = _window(window, rows_per_window, weights, pool_size, dtype)
     hash_arguments = {
@@ -160,17 +164,21 @@ def _cols(weight: Tensor) -> int:
     return weight.numel() // len(weight)
 
 
-def _pool_size(ratio: float, dense_parameters: int, kept: int, block: int) -> int:
+def _pool_size(
+    ratio: float, dense_parameters: int, kept: int, block: int, skipped: Iterable[Row]
+) -> int:
     """The multiple of block that comes closest to the ratio."""
     budget = ratio * dense_parameters
     pool_size = max(1, round((budget - kept) / block)) * block
     if abs(kept + pool_size - budget) > TOLERANCE * budget:
         nearest, smallest = ((kept + size) / dense_parameters for size in (pool_size, block))
+        largest = max(skipped, key=lambda row: row.dense_parameters, default=None)
+        example = "" if largest is None else f", such as {largest.name!r}: {largest.skipped}"
         raise ValueError(
             f"ratio must be one that a pool can meet within {TOLERANCE:.0%}, received {ratio:.5g}: "
             f"the nearest is {nearest:.5g} and the smallest {smallest:.5g}, as {kept:,} of "
-            f"{dense_parameters:,} parameters are not the pool's (biases, norms, layers left "
-            f"dense, every g) and a pool is a multiple of block={block}"
+            f"{dense_parameters:,} parameters are not the pool's (biases, norms, every g, layers "
+            f"left dense{example}) and a pool is a multiple of block={block}"
         )
     require_int("ratio times the parameters", pool_size, 1, 2**31 - 1)
     return pool_size

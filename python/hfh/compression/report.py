@@ -6,6 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from hfh.text_table import text_table
 from hfh_kernels import dispatch
 from hfh_kernels.nn import HFHEmbedding, HFHEmbeddingBag, HFHLinear
 from hfh_kernels.nn.layer import HFHLayer
@@ -95,15 +98,7 @@ class Report:
     def table(self) -> str:
         """Plain text: a line a row, then the totals."""
         heading = ("layer", "kind", "shape", "dense", "look-ups", "regime or reason")
-        lines = [heading, *(_cells(row) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heading))]
-        text = "\n".join(
-            "  ".join(
-                cell.rjust(width) if i in _RIGHT else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        text = text_table(heading, [_cells(row) for row in self.rows], left=(0, 1, 5))
         window = "none: a layer draws from the whole pool"
         if self.window is not None:
             window = f"{self.window:,} elements for {self.rows_per_window} rows"
@@ -127,21 +122,25 @@ class Report:
 
 def regime(layer: HFHLayer) -> str:
     """How a layer runs on the device and in the dtype it has."""
-    refused = dispatch.can_run("cpu", layer.pool.weight, layer.theta)
-    if refused is not None:
-        return f"reference, materialises: {refused}"
+    tensors = (layer.pool.weight, layer.theta)
+    backend = dispatch.choose("auto", *tensors)
+    if backend == "reference":
+        wanted = "triton" if layer.pool.weight.is_cuda else "cpu"
+        return f"reference, materialises: {dispatch.can_run(wanted, *tensors)}"
     if isinstance(layer, (HFHEmbedding, HFHEmbeddingBag)):
-        return "cpu: rows as they are looked up"
+        return f"{backend}: rows as they are looked up"
     spec = layer.hash_spec
     # The kernels choose by batch; csrc/cpu/slots.cpp has the conditions.
     if (
-        isinstance(layer, HFHLinear)
+        backend == "cpu"
+        and isinstance(layer, HFHLinear)
+        and layer.pool.weight.dtype != torch.float64
         and layer.reconstruction.depth == 1
         and layer.weight_shape[1] % spec.block == 0
         and spec.block % _SLOT_PRODUCT_BLOCK == 0
     ):
         return "cpu: slot products or tiles of weights, by batch"
-    return "cpu: tiles of weights"
+    return f"{backend}: tiles of weights"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -156,7 +155,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-_RIGHT = (2, 3, 4)
 _SLOT_PRODUCT_BLOCK = 16
 _TOTALS = (
     "dense_parameters",

@@ -88,8 +88,9 @@ class Cost:
         operations = ("multiply-adds", "hash", "gathers", "g")
         of_layer = ("layer", "kind", "shape", "parameters", *operations)
         of_method = ("method", "parameters", "bytes", "Adam's bytes", "pass", *operations)
+        by_layer = text_table(of_layer, layers, left=range(3))
         return (
-            f"Each layer, {method}, forward pass:\n\n{text_table(of_layer, layers, num_left=3)}\n\n"
+            f"Each layer, {method}, forward pass:\n\n{by_layer}\n\n"
             f"All layers:\n\n{text_table(of_method, methods)}\n\n"
             "Counted, not timed. Hash: operations on 32-bit integers. Gathers: runs of neighbours\n"
             "read at a hashed or stored place. G: operations of signs, g and scale."
@@ -129,6 +130,7 @@ def cost(
         dtype: of zeros, where inputs is a shape; an integer one for a model that looks up rows.
 
     Raises:
+        TypeError: inputs is none of these.
         ValueError: inputs is empty, or a size in it negative; or the model has no parameters.
         Whatever the model raises for these inputs.
     """
@@ -157,6 +159,11 @@ def weight_cost(model: nn.Module, positions: int = 1) -> Cost:
         elif weight is not None:
             rows = weight.rows - weight.dense_rows
             uses[layer] = Use(1, rows=rows, multiply_adds=positions * weight.size)
+        elif isinstance(layer, _SEVERAL_WEIGHTS):
+            # The output projection of attention is a layer of its own.
+            own = layer.parameters(recurse=False)
+            size = sum(parameter.numel() for parameter in own if parameter.dim() == 2)
+            uses[layer] = Use(1, multiply_adds=positions * size)
     return _cost(model, uses)
 
 
@@ -250,6 +257,11 @@ def _arguments(
         return (), inputs
     if isinstance(inputs, Tensor):
         return (inputs,), {}
+    if not isinstance(inputs, Sequence):
+        raise TypeError(
+            "inputs must be a shape, a tensor, or a sequence or mapping of arguments, "
+            f"received {inputs!r}"
+        )
     if len(inputs) == 0:
         raise ValueError(f"inputs must not be empty, received {inputs!r}")
     if all(isinstance(size, int) for size in inputs):

@@ -7,7 +7,9 @@ A safetensors file, so nothing in it is code. Its metadata hold, as JSON under "
   has a name in every layer that reads it;
 - ``layers``: of every layer over a pool, by its path, the class, the arguments it shares with
   torch.nn's class, and its extra state;
-- ``extra_states``: those of other modules, by their key in the state dict.
+- ``extra_states``: those of other modules, by their key in the state dict;
+- ``dense_names``: torch.nn's names of the weights and biases within recurrent and attention layers,
+  by the names that the layers over a pool give them.
 
 A checksum over tensors and metadata is beside it.
 """
@@ -17,12 +19,12 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hfh.files import tensor_file
 from hfh.files.checkpoint_contents import (
@@ -92,7 +94,8 @@ def read(path: Path, *, of_any_program: bool = False) -> Checkpoint:
 
     Args:
         path: of the file.
-        of_any_program: take other safetensors files too, which hold tensors and nothing else.
+        of_any_program: take other safetensors files too, which hold tensors, and may note which
+            of them are shared.
 
     Raises:
         CheckpointError: it is damaged, of another version or not a file of :func:`save`.
@@ -101,7 +104,7 @@ def read(path: Path, *, of_any_program: bool = False) -> Checkpoint:
     tensors, metadata = tensor_file.read(path)
     if not metadata.keys() >= {METADATA_KEY, tensor_file.CHECKSUM}:
         if of_any_program:
-            return Checkpoint(tensors, {}, {}, {})
+            return Checkpoint(tensors, _noted_ties(tensors, metadata), {}, {})
         raise CheckpointError(f"{path}: a safetensors file, but not one that hfh.save wrote")
     fields = json.loads(metadata[METADATA_KEY])
     for name, version in _VERSIONS.items():
@@ -109,20 +112,22 @@ def read(path: Path, *, of_any_program: bool = False) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: has {name}={fields.get(name)!r}, this version of hfh reads {version}"
             )
-    return Checkpoint(tensors, fields["aliases"], fields["layers"], fields["extra_states"])
+    return Checkpoint(tensors, **{name: fields[name] for name in _FIELDS})
 
 
 def write(contents: Checkpoint, path: Path) -> None:
     """The inverse of :func:`read`."""
-    fields = {
-        **_VERSIONS,
-        "aliases": contents.aliases,
-        "layers": contents.layers,
-        "extra_states": contents.extra_states,
-    }
+    fields = {**_VERSIONS, **{name: getattr(contents, name) for name in _FIELDS}}
     # By the format other programs know whose tensors these are.
     metadata = {METADATA_KEY: json.dumps(fields), "format": "pt"}
     tensor_file.write(path, contents.tensors, metadata)
+
+
+def _noted_ties(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Aliases as safetensors' save_model notes them: by each name that was dropped, the kept."""
+    return {
+        alias: name for alias, name in metadata.items() if name in tensors and alias not in tensors
+    }
 
 
 def _is_json(state: Any) -> bool:
@@ -184,4 +189,5 @@ def _listed(what: str, names: set[str]) -> str:
 
 
 _VERSIONS = {"format_version": FORMAT_VERSION, "hash_version": HASH_VERSION}
+_FIELDS = ("aliases", "layers", "extra_states", "dense_names")
 _MAX_LISTED = 4

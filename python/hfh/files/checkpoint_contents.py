@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class Checkpoint:
     aliases: dict[str, str]
     layers: dict[str, dict[str, Any]]
     extra_states: dict[str, Any]
+    dense_names: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -31,6 +32,17 @@ class Checkpoint:
     def stored_name(self, name: str) -> str:
         """The name that the file has a tensor under."""
         return self.aliases.get(name, name)
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same with other names of those tensors that ``names`` has."""
+        return replace(
+            self,
+            tensors={names.get(name, name): tensor for name, tensor in self.tensors.items()},
+            aliases={
+                names.get(alias, alias): names.get(name, name)
+                for alias, name in self.aliases.items()
+            },
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Of the model that was saved, with shared tensors under each of their names."""
@@ -47,7 +59,24 @@ def describe(model: nn.Module) -> Checkpoint:
     aliases = first_names({name: identity(tensor) for name, tensor in tensors.items()})
     stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
     layers = {path: describe_layer(layer) for path, layer in hashed_layers(model)}
-    return Checkpoint(stored, aliases, layers, extra_states)
+    return Checkpoint(stored, aliases, layers, extra_states, _dense_names(model))
+
+
+def _dense_names(model: nn.Module) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kind = kinds.of_hashed(module)
+        if kind is None:
+            continue
+        places = {
+            f"{place}.weight".lstrip("."): name for place, name in kind.weights(module).items()
+        }
+        for place, name in kind.others(module).items():
+            if kinds.attribute(module, place) is not None:
+                places[place] = name
+        prefix = f"{path}." if path else ""
+        names |= {prefix + place: prefix + name for place, name in places.items() if place != name}
+    return names
 
 
 def describe_layer(layer: HFHLayer) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         temporary.unlink(missing_ok=True)
         if isinstance(error, safetensors.SafetensorError):
             raise OSError(f"{path} cannot be written: {error}") from error
+        if isinstance(error, OSError) and error.filename is not None:
+            error.filename = os.fspath(path)
         raise
     if os.name != "nt":
         _flush(path.parent)

@@ -17,6 +17,7 @@ from hfh.fitting.nonlinear import nonlinear_round, nonlinear_start
 from hfh.fitting.problem import Parameters, Problem, build_problem, rows_by_rank
 from hfh.fitting.state import State, StateFile
 from hfh.progress import progress_bar
+from hfh.text_table import text_table
 from hfh_kernels.nn.dense_rows import DenseRows
 from hfh_kernels.nn.layer import HFHLayer
 from hfh_kernels.spec import require_int
@@ -72,14 +73,15 @@ class FitReport:
 
     def table(self) -> str:
         """A line a layer, aligned."""
-        width = max([len("layer"), *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':{width}}  {'rows':>9}  {'cols':>7}  relative error  weighted error"]
-        for layer in self.layers:
-            lines.append(
-                f"{layer.name:{width}}  {layer.rows:>9,}  {layer.cols:>7,}  "
-                f"{layer.relative_error:>14.4f}  {layer.weighted_error:>14.4f}"
+        headings = ("layer", "rows", "cols", "relative error", "weighted error")
+        rows = [
+            (
+                *(layer.name, f"{layer.rows:,}", f"{layer.cols:,}"),
+                *(f"{error:.4f}" for error in (layer.relative_error, layer.weighted_error)),
             )
-        return "\n".join(lines)
+            for layer in self.layers
+        ]
+        return text_table(headings, rows)
 
     def to_json(self) -> str:
         """All fields as one JSON object."""
@@ -154,10 +156,13 @@ def fit(
     state = None if file is None else file.load()
     if state is None:
         state = State(linear_start(problem.linear()))
-    with progress_bar("fitting", limits.total(problem), progress) as show:
+    most_rounds = limits.total(problem)
+    with progress_bar("fitting", most_rounds, progress) as show:
         while state.stage != "done":
             state = _advance(problem, state, limits)
-            show(state.rounds, f"error {state.error:.4f}")
+            # A fit that ends early is complete all the same.
+            completed = most_rounds if state.stage == "done" else state.rounds
+            show(completed, f"error {state.error:.4f}")
             if file is not None:
                 file.save(state)
     _set_parameters(weights, problem, state.parameters)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -57,10 +56,10 @@ class StateFile:
 
     def __init__(self, path: Path, problem: Problem, options: Sequence[float]) -> None:
         try:
-            import safetensors.torch
+            from hfh.files import tensor_file
         except ModuleNotFoundError as error:
             raise ImportError(f"a checkpoint needs safetensors: {error}") from error
-        self._safetensors = safetensors
+        self._tensor_file = tensor_file
         self._path = path
         self._device = problem.targets[0].layer.pool.weight.device
         self._fingerprint = _fingerprint(problem, options)
@@ -75,14 +74,13 @@ class StateFile:
         if not self._path.exists():
             return None
         try:
-            with self._safetensors.safe_open(self._path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).to(self._device) for name in file.keys()}  # noqa: SIM118
+            tensors, metadata = self._tensor_file.read(self._path)
+            tensors = {name: tensor.to(self._device) for name, tensor in tensors.items()}
             progress = json.loads(metadata["progress"])
             thetas = [tensors[f"theta.{index}"] for index in range(len(tensors) - 1)]
             state = State(Parameters(tensors["pool"], thetas), **progress)
             is_same = metadata["fingerprint"] == self._fingerprint
-        except (self._safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"checkpoint {self._path} is not that of a fit: {error}") from error
         if not is_same:
             raise ValueError(
@@ -100,16 +98,8 @@ class StateFile:
         pool, thetas = state.parameters
         tensors = {"pool": pool, **{f"theta.{index}": theta for index, theta in enumerate(thetas)}}
         progress = {name: value for name, value in vars(state).items() if name != "parameters"}
-        content = self._safetensors.torch.save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            {"fingerprint": self._fingerprint, "progress": json.dumps(progress)},
-        )
-        partial = self._path.with_name(self._path.name + ".partial")
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+        metadata = {"fingerprint": self._fingerprint, "progress": json.dumps(progress)}
+        self._tensor_file.write(self._path, tensors, metadata)
 
 
 def _fingerprint(problem: Problem, options: Sequence[float]) -> str:
