@@ -45,17 +45,22 @@ def hash_index(
         ValueError: rows or cols is not 1-dimensional, they are on two devices, or the hash is
             invalid.
     """
+    require_coordinates(rows, cols)
+    spec = make_hash_spec(seed, num_hashes, pool_size, block, window, rows_per_window)
+    slots, negative = slots_of(rows, cols // block, spec)
+    offsets = slots * block + cols % block
+    signs = 1 - 2 * negative.to(torch.int8)
+    return offsets.permute(1, 2, 0).contiguous(), signs.permute(1, 2, 0).contiguous()
+
+
+def require_coordinates(rows: Tensor, cols: Tensor) -> None:
+    """Raise unless both are int64 vectors on one device."""
     for name, indices in (("rows", rows), ("cols", cols)):
         if indices.dtype != torch.int64:
             raise TypeError(f"{name} must have dtype torch.int64, received {indices.dtype}")
         if indices.dim() != 1:
             raise ValueError(f"{name} must be 1-d, received shape {list(indices.shape)}")
     require_same_device("cols", cols, "rows", rows)
-    spec = make_hash_spec(seed, num_hashes, pool_size, block, window, rows_per_window)
-    slots, negative = slots_of(rows, cols // block, spec)
-    offsets = slots * block + cols % block
-    signs = 1 - 2 * negative.to(torch.int8)
-    return offsets.permute(1, 2, 0).contiguous(), signs.permute(1, 2, 0).contiguous()
 
 
 def slots_of(rows: Tensor, col_blocks: Tensor, spec: HashSpec) -> tuple[Tensor, Tensor]:

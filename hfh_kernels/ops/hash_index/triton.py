@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hfh_kernels.ops.hash_index.reference import require_coordinates
 from hfh_kernels.ops.launch import fields, num_tiles, on_device
-from hfh_kernels.ops.library import require_same_device
 from hfh_kernels.ops.tile import VirtualWeight, draws, hash_rows
 
 
@@ -44,12 +44,7 @@ def hash_index(
     rows_per_window: int,
 ) -> tuple[Tensor, Tensor]:
     """See the reference."""
-    for name, indices in (("rows", rows), ("cols", cols)):
-        if indices.dtype != torch.int64:
-            raise TypeError(f"{name} must have dtype torch.int64, received {indices.dtype}")
-        if indices.dim() != 1:
-            raise ValueError(f"{name} must be 1-d, received shape {list(indices.shape)}")
-    require_same_device("cols", cols, "rows", rows)
+    require_coordinates(rows, cols)
     weight = (seed, num_hashes, block, window, rows_per_window, 1, 1, "relu", 1.0, 0, 0)
     virtual = VirtualWeight(rows, rows, *fields(weight, pool_size, 0, 0))
     num_rows, num_cols = rows.shape[0], cols.shape[0]
