@@ -238,9 +238,13 @@ def _stage_bytes(kernel: str, tiles: Tiles, virtual: VirtualWeight, itemsize: in
 
 
 def num_parts(programs: int, steps: int, warps: int, device: Device) -> int:
-    """In how many parts to split a sum of so many steps, so that programs fill the device."""
+    """In how many parts to split a sum of so many steps, so that programs fill the device.
+
+    Registers and shared memory leave each processor room for about eight warps. So the parts, where
+    there are several, are of no more elements than the tiles that the device holds at once.
+    """
     parts = 1
-    while 2 * parts * programs * warps <= 16 * device.processors and 8 * parts <= steps:
+    while 2 * parts * programs * warps <= 8 * device.processors and 8 * parts <= steps:
         parts *= 2
     return parts
 
