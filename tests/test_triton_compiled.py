@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -14,6 +15,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bench import compiled
 from bench.shapes import PLAIN
+from hfh_kernels.ops.library import Weight
+from hfh_kernels.ops.linear import triton as linear_triton
 
 CALLS = {name: call for name, call in compiled.all_calls().items() if PLAIN in name}
 SMALLEST, LARGEST = (f"batch {rows}" for rows in (16, 256))
@@ -43,3 +46,35 @@ def test_a_spill_is_seen() -> None:
         launch.kernel, launch.arguments, {**launch.keywords, "TILE_K": 128, "num_warps": 4}
     )
     assert compiled.compile_launch(crowded, name, 90).spilled_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("weight", "pool_size", "batch", "deterministic"),
+    [
+        (
+            Weight(2**32 - 1, 3, 16, 160, 8, 3, 5, "tanh", 0.7, 2**31 + 3, 2**31 + 61),
+            800,
+            17,
+            False,
+        ),
+        (Weight(1, 4, 64, 0, 0, 2, 4, "relu", 1.0, 1, 0), 640, 1, True),
+    ],
+    ids=["window, tanh, past 2**31", "ones, deterministic"],
+)
+def test_options_compile(
+    weight: Weight, pool_size: int, batch: int, deterministic: bool, request: pytest.FixtureRequest
+) -> None:
+    """The interpreter takes what the compiler refuses, such as integers of two kinds."""
+    if deterministic:
+        request.getfixturevalue("poisoned_memory")
+    rows, cols = 300, 261
+    num_parameters = weight.reconstruction().num_parameters(weight.num_hashes)
+    input, grad = (torch.empty(batch, size, device="meta") for size in (cols, rows))
+    pool, theta, bias = (torch.empty(n, device="meta") for n in (pool_size, num_parameters, rows))
+    for call in (
+        lambda: linear_triton.linear(input, pool, theta, bias, rows, *weight),
+        lambda: linear_triton.linear_backward_input(grad, pool, theta, cols, *weight),
+        lambda: linear_triton.linear_backward_weight(grad, input, pool, theta, *weight),
+    ):
+        (launch,) = compiled.launches(call, compiled.DEVICES[90])
+        compiled.compile_launch(launch, "", 90)

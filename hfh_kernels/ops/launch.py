@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hfh_kernels.ops.library import Weight, require_same_device
 from hfh_kernels.ops.materialize.reference import require_parameters, split_theta
-from hfh_kernels.ops.tile import Gradients, VirtualWeight
+from hfh_kernels.ops.tile import VirtualWeight
+from hfh_kernels.ops.tile_gradients import Gradients
 from hfh_kernels.spec import Reconstruction
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -15,8 +15,8 @@ from hfh_kernels.ops.tile import (
     product,
     virtual_columns,
     virtual_tile,
-    wide_tile_backward,
 )
+from hfh_kernels.ops.tile_gradients import wide_tile_backward
 
 _OUTSIDE = tl.constexpr(2**31)
 """A coordinate of no image: images, with their padding, are smaller."""

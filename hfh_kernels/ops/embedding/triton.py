@@ -30,16 +30,14 @@ from hfh_kernels.ops.launch import (
 )
 from hfh_kernels.ops.library import Weight
 from hfh_kernels.ops.tile import (
-    Gradients,
     VirtualWeight,
-    add_gradient,
     first_col,
     hash_rows,
     load_theta,
     logical_rows,
     virtual_tile,
-    virtual_tile_backward,
 )
+from hfh_kernels.ops.tile_gradients import Gradients, add_gradient, virtual_tile_backward
 from hfh_kernels.ops.tuning import Device, Tiles
 
 _INTERPRETED = tl.constexpr(_triton.interpreted())

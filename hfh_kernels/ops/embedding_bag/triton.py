@@ -29,14 +29,8 @@ from hfh_kernels.ops.embedding.triton import (
 from hfh_kernels.ops.embedding_bag.reference import require_bags, require_offsets
 from hfh_kernels.ops.launch import lead, on_device, require_inputs
 from hfh_kernels.ops.library import require_same_device
-from hfh_kernels.ops.tile import (
-    add_gradient,
-    first_col,
-    hash_rows,
-    load_theta,
-    logical_rows,
-    virtual_elements_backward,
-)
+from hfh_kernels.ops.tile import first_col, hash_rows, load_theta, logical_rows
+from hfh_kernels.ops.tile_gradients import add_gradient, virtual_elements_backward
 from hfh_kernels.ops.tuning import Device, Tiles
 
 

@@ -29,8 +29,8 @@ from hfh_kernels.ops.tile import (
     logical_rows,
     product,
     virtual_tile,
-    wide_tile_backward,
 )
+from hfh_kernels.ops.tile_gradients import wide_tile_backward
 from hfh_kernels.ops.tuning import Device, Tiles
 
 

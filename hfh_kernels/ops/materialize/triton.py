@@ -18,14 +18,8 @@ from hfh_kernels.ops.launch import (
     require_inputs,
     virtual_weight,
 )
-from hfh_kernels.ops.tile import (
-    first_col,
-    hash_rows,
-    load_theta,
-    logical_rows,
-    virtual_tile,
-    wide_tile_backward,
-)
+from hfh_kernels.ops.tile import first_col, hash_rows, load_theta, logical_rows, virtual_tile
+from hfh_kernels.ops.tile_gradients import wide_tile_backward
 from hfh_kernels.ops.tuning import Device, Tiles
 
 
