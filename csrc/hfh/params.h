@@ -15,9 +15,15 @@ inline constexpr int kMaxBlock = 256;
 
 enum class Activation : int32_t { kReLU = 0, kTanh = 1 };
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat64 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat64, kFloat16 };
 
 struct BFloat16 {
+  static constexpr int kExponentBits = 8;
+  uint16_t bits;
+};
+
+struct Float16 {
+  static constexpr int kExponentBits = 5;
   uint16_t bits;
 };
 
@@ -54,7 +60,7 @@ struct VirtualWeight {
 };
 
 /// Number of g's parameters, in the order of `VirtualWeight::theta`.
-constexpr int theta_size(int num_hashes, int depth, int width) {
+HFH_HOST_DEVICE constexpr int theta_size(int num_hashes, int depth, int width) {
   if (depth <= 1) return num_hashes * depth;
   const int hidden_to_hidden = (depth - 2) * (width * width + width);
   return num_hashes * width + width + hidden_to_hidden + width + 1;

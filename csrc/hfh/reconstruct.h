@@ -14,11 +14,11 @@ template <int kHashes, int kDepth, int kWidth, Activation kActivation>
 struct FixedShape {
   static constexpr int kHashesBound = kHashes;
   static constexpr int kWidthBound = kWidth;
-  explicit FixedShape(const VirtualWeight&) {}
-  static constexpr int num_hashes() { return kHashes; }
-  static constexpr int depth() { return kDepth; }
-  static constexpr int width() { return kWidth; }
-  static constexpr Activation activation() { return kActivation; }
+  HFH_HOST_DEVICE explicit FixedShape(const VirtualWeight&) {}
+  HFH_HOST_DEVICE static constexpr int num_hashes() { return kHashes; }
+  HFH_HOST_DEVICE static constexpr int depth() { return kDepth; }
+  HFH_HOST_DEVICE static constexpr int width() { return kWidth; }
+  HFH_HOST_DEVICE static constexpr Activation activation() { return kActivation; }
 };
 
 /// g of any shape.

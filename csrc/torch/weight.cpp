@@ -70,11 +70,8 @@ void check_bias(const at::Tensor& bias, int64_t size, const at::Tensor& input) {
                    input.scalar_type(), ", received ", bias.scalar_type());
 }
 
-CheckedWeight::CheckedWeight(const at::Tensor& pool, const at::Tensor& theta, int64_t rows,
-                             int64_t cols, const WeightArguments& args)
-    : rows_(rows), cols_(cols), depth_(static_cast<int>(args.depth)), scale_(args.scale) {
-  check_cpu(pool, "pool");
-  check_cpu(theta, "theta");
+VirtualWeight checked_coordinates(const at::Tensor& pool, const at::Tensor& theta, int64_t rows,
+                                  int64_t cols, const WeightArguments& args) {
   TORCH_CHECK_VALUE(pool.dim() == 1, "pool must be 1-d, received shape ", pool.sizes());
   TORCH_CHECK_VALUE(args.depth >= 0 && args.depth <= kMaxDepth, "depth must be in [0, ", kMaxDepth,
                     "], received ", args.depth);
@@ -90,16 +87,32 @@ CheckedWeight::CheckedWeight(const at::Tensor& pool, const at::Tensor& theta, in
                     "col_offset must be in [0, 2**32 - columns], received ", args.col_offset,
                     " with ", cols, " columns");
 
-  weight_.hash = checked_hash(args.seed, args.num_hashes, pool.numel(), args.block, args.window,
-                              args.rows_per_window);
-  const int size = hfh::theta_size(weight_.hash.num_hashes, depth_, static_cast<int>(args.width));
+  VirtualWeight weight{};
+  weight.hash = checked_hash(args.seed, args.num_hashes, pool.numel(), args.block, args.window,
+                             args.rows_per_window);
+  const int64_t size = theta_size(weight.hash.num_hashes, static_cast<int>(args.depth),
+                                  static_cast<int>(args.width));
   TORCH_CHECK_VALUE(theta.dim() == 1 && theta.numel() == size, "theta must have shape [", size,
                     "] for num_hashes ", args.num_hashes, ", depth ", args.depth, " and width ",
                     args.width, ", received ", theta.sizes());
-  weight_.reconstruct = {depth_, static_cast<int32_t>(args.width),
-                         is_tanh ? Activation::kTanh : Activation::kReLU};
-  weight_.row_offset = static_cast<uint32_t>(args.row_offset);
-  weight_.col_offset = static_cast<uint32_t>(args.col_offset);
+  weight.reconstruct = {static_cast<int32_t>(args.depth), static_cast<int32_t>(args.width),
+                        is_tanh ? Activation::kTanh : Activation::kReLU};
+  weight.row_offset = static_cast<uint32_t>(args.row_offset);
+  weight.col_offset = static_cast<uint32_t>(args.col_offset);
+  if (args.depth == 0) {
+    // One hash and a mixing weight of 1: the same numbers, and no kernel of its own.
+    weight.hash.num_hashes = 1;
+    weight.reconstruct.depth = 1;
+  }
+  return weight;
+}
+
+CheckedWeight::CheckedWeight(const at::Tensor& pool, const at::Tensor& theta, int64_t rows,
+                             int64_t cols, const WeightArguments& args)
+    : rows_(rows), cols_(cols), depth_(static_cast<int>(args.depth)), scale_(args.scale) {
+  check_cpu(pool, "pool");
+  check_cpu(theta, "theta");
+  weight_ = checked_coordinates(pool, theta, rows, cols, args);
 
   pool_ = pool.contiguous();
   weight_.pool = pool_.const_data_ptr();
@@ -120,11 +133,9 @@ CheckedWeight::CheckedWeight(const at::Tensor& pool, const at::Tensor& theta, in
   }
 
   if (depth_ == 0) {
-    // One hash and a mixing weight of 1: the same numbers, and no kernel of its own.
-    weight_.hash.num_hashes = 1;
-    weight_.reconstruct.depth = 1;
     theta_ = {scale_};
   } else {
+    const auto size = static_cast<int>(theta.numel());
     theta_.resize(size);
     if (theta.scalar_type() == at::kFloat && theta.is_contiguous()) {
       const float* values = theta.const_data_ptr<float>();

@@ -57,6 +57,11 @@ class CheckedWeight {
 HashParams checked_hash(int64_t seed, int64_t num_hashes, int64_t pool_size, int64_t block,
                         int64_t window, int64_t rows_per_window);
 
+/// A virtual weight of `rows` x `cols` without its storage: hash, network and offsets, checked
+/// together with the shapes of pool and theta. Depth 0 has become depth 1 with one hash.
+VirtualWeight checked_coordinates(const at::Tensor& pool, const at::Tensor& theta, int64_t rows,
+                                  int64_t cols, const WeightArguments& args);
+
 /// Refuses tensors that the CPU kernels cannot take, naming the argument and what it received.
 void check_cpu(const at::Tensor& tensor, const char* name);
 void check_activation_dtype(const at::Tensor& tensor, const char* name, const at::Tensor& pool);

@@ -1,0 +1,41 @@
+#include "torch/cuda/device_weight.h"
+
+#include <ATen/ATen.h>
+
+namespace hfh::torch_ops {
+
+CheckedDeviceWeight::CheckedDeviceWeight(const at::Tensor& pool, const at::Tensor& theta,
+                                         int64_t rows, int64_t cols, const WeightArguments& args)
+    : weight_{checked_coordinates(pool, theta, rows, cols, args), static_cast<float>(args.scale)},
+      pool_(pool.contiguous()),
+      theta_(theta.to(at::kFloat).contiguous()),
+      rows_(rows),
+      cols_(cols) {
+  check_same_device(theta, "theta", pool, "pool");
+  checked_device_dtype(theta, "theta");
+  weight_.pool = pool_.const_data_ptr();
+  weight_.pool_dtype = checked_device_dtype(pool, "pool");
+  weight_.theta = args.depth == 0 ? nullptr : theta_.const_data_ptr<float>();
+}
+
+DType checked_device_dtype(const at::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "the cuda kernels take ", name,
+                       " in float32, bfloat16 or float16; received ", tensor.scalar_type());
+  }
+}
+
+void check_same_device(const at::Tensor& tensor, const char* name, const at::Tensor& like,
+                       const char* like_name) {
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), name, " must be on the device of ", like_name,
+                    ", ", like.device(), ", received ", tensor.device());
+}
+
+}  // namespace hfh::torch_ops

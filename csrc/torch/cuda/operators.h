@@ -1,0 +1,48 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "torch/weight.h"
+
+// The operators of torch.ops.hfh that have CUDA kernels; arguments and results as their schemas in
+// hfh_kernels/ops. Each raises a RuntimeError with the reason where its kernels cannot run.
+
+namespace hfh::torch_ops::cuda_ops {
+
+at::Tensor materialize(const at::Tensor& pool, const at::Tensor& theta, int64_t rows, int64_t cols,
+                       HFH_WEIGHT_PARAMETERS);
+
+std::tuple<at::Tensor, at::Tensor> materialize_backward(const at::Tensor& grad,
+                                                        const at::Tensor& pool,
+                                                        const at::Tensor& theta,
+                                                        HFH_WEIGHT_PARAMETERS);
+
+at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
+                  const std::optional<at::Tensor>& bias, int64_t out_features,
+                  HFH_WEIGHT_PARAMETERS);
+
+at::Tensor linear_backward_input(const at::Tensor& grad_output, const at::Tensor& pool,
+                                 const at::Tensor& theta, int64_t in_features,
+                                 HFH_WEIGHT_PARAMETERS);
+
+std::tuple<at::Tensor, at::Tensor> linear_backward_weight(const at::Tensor& grad_output,
+                                                          const at::Tensor& input,
+                                                          const at::Tensor& pool,
+                                                          const at::Tensor& theta,
+                                                          HFH_WEIGHT_PARAMETERS);
+
+at::Tensor embedding(const at::Tensor& indices, const at::Tensor& pool, const at::Tensor& theta,
+                     const std::optional<at::Tensor>& dense,
+                     const std::optional<at::Tensor>& permutation, int64_t num_embeddings,
+                     int64_t embedding_dim, int64_t padding_idx, HFH_WEIGHT_PARAMETERS);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> embedding_backward(
+    const at::Tensor& grad, const at::Tensor& indices, const at::Tensor& pool,
+    const at::Tensor& theta, const std::optional<at::Tensor>& dense,
+    const std::optional<at::Tensor>& permutation, int64_t num_embeddings, int64_t padding_idx,
+    HFH_WEIGHT_PARAMETERS);
+
+}  // namespace hfh::torch_ops::cuda_ops
