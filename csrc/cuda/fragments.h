@@ -74,8 +74,8 @@ class Network {
 
   /// d = c + what elements 4 step to 4 step + 3 contribute to g of one column in two, column
   /// `parity` of each lane's pairs, in rows m and m + 8. `a` are the elements as an operand.
-  __device__ __forceinline__ void add(int step, int parity, const uint32_t (&a)[4],
-                                      const float* c, float (&d)[4]) const {
+  __device__ __forceinline__ void add(int step, int parity, const uint32_t (&a)[4], const float* c,
+                                      float (&d)[4]) const {
     if constexpr (kIsLinear) {
       multiply_first(parity, step, a, c, d);
     } else {
@@ -148,10 +148,6 @@ class TileMaker {
         lane_(threadIdx.x % kWarpSize),
         m_(lane_ / 4),
         q_(lane_ % 4) {
-    if constexpr (kIsShared) {
-      base_ = 0;
-      hash_.num_slots = hash_.draw_slots;
-    }
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       own_hash_[i] = hash_lane(kHashes < 4 ? q_ % kHashes : q_ + 4 * i);
@@ -215,19 +211,24 @@ class TileMaker {
   /// In shared memory the place of a slot in bytes, that of its negative where the sign is; in the
   /// pool the slot, and the sign as its bit 31.
   __device__ __forceinline__ uint32_t place(uint32_t key, uint32_t lane_constant) const {
+    if constexpr (kIsShared) {
+      const Product<uint32_t> one = draw_product(key, lane_constant, hash_);
+      const uint32_t negative = (one.low & kSign) != 0 ? hash_.draw_slots * slot_bytes() : 0;
+      return one.high * slot_bytes() + negative;
+    }
     const Draw<uint32_t> one = draw(key, lane_constant, base_, hash_);
-    if constexpr (!kIsShared) return one.slot | one.sign;
-    const uint32_t slot = one.slot + (one.sign != 0 ? hash_.draw_slots : 0);
-    return slot * (static_cast<uint32_t>(sizeof(Number)) << hash_.log2_block);
+    return one.slot | one.sign;
+  }
+
+  __device__ __forceinline__ uint32_t slot_bytes() const {
+    return static_cast<uint32_t>(sizeof(Number)) << hash_.log2_block;
   }
 
   __device__ __forceinline__ const char* element(uint32_t place, uint32_t inside) const {
     const uint32_t offset = inside * static_cast<uint32_t>(sizeof(Number));
     if constexpr (kIsShared) return elements_ + (place + offset);
-    const uint32_t slot = place & ~kSign;
     // Less than 2^31 elements of 2 bytes.
-    const uint32_t slot_bytes = static_cast<uint32_t>(sizeof(Number)) << hash_.log2_block;
-    return elements_ + (slot * slot_bytes + offset);
+    return elements_ + ((place & ~kSign) * slot_bytes() + offset);
   }
 
   /// The draws of the block of the chunk at `col`, for both rows. The four lanes of a row are in

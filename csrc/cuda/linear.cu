@@ -7,10 +7,20 @@ namespace {
 
 constexpr int kBatchTile = 8;
 
+template <class Shape, int kBatchTiles>
+constexpr int threads_of() {
+  return tile_threads<Shape>(kBatchTiles > (Shape::depth() == 1 ? 2 : 1));
+}
+
+/// Of the sums of a warp.
+constexpr size_t sums_bytes(int batch_tiles) {
+  return static_cast<size_t>(batch_tiles) * kBatchTile * kGroupRows * sizeof(float);
+}
+
 /// A block of threads takes a group of rows and a part of the columns; its warps take the part's
 /// segments in turn and add up their sums at the end.
 template <class Number, class Shape, Source kSource, int kBatchTiles>
-__global__ void __launch_bounds__(kMaxTileThreads)
+__global__ void __launch_bounds__(threads_of<Shape, kBatchTiles>(), 1)
     linear_small_kernel(DeviceWeight weight, RowGroups groups, Segments segments,
                         const Number* __restrict__ input, int64_t batch, int64_t out_features,
                         float* __restrict__ parts) {
@@ -28,7 +38,10 @@ __global__ void __launch_bounds__(kMaxTileThreads)
 
   const int lane = threadIdx.x % kWarpSize, m = lane / 4, q = lane % 4;
   const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
-  float sums[kTiles][kBatchTiles][4] = {};
+  struct Sums {
+    float of[kBatchTiles][4];
+  };
+  Sums sums[kTiles] = {};
   for (int segment = segments.part_begin(part) + warp; segment < segments.part_begin(part + 1);
        segment += num_warps) {
     const uint32_t col = static_cast<uint32_t>(segment) * kSegment;
@@ -65,20 +78,13 @@ __global__ void __launch_bounds__(kMaxTileThreads)
 #pragma unroll
           for (int i = 0; i < kBatchTiles; ++i) {
             const uint4 x = kKeep ? kept[kKeep ? i : 0][half] : load(i, half);
-            multiply_add_k16<Number>(sums[0][i], a[0], {x.x, x.y}, sums[0][i]);
-            multiply_add_k16<Number>(sums[0][i], a[1], {x.z, x.w}, sums[0][i]);
+            multiply_add_k16<Number>(sums[0].of[i], a[0], {x.x, x.y}, sums[0].of[i]);
+            multiply_add_k16<Number>(sums[0].of[i], a[1], {x.z, x.w}, sums[0].of[i]);
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < 4 * kBatchTiles; ++i) {
-        const float finished = sums[0][i / 4][i % 4];
-        sums[0][i / 4][i % 4] = sums[1][i / 4][i % 4];
-        sums[1][i / 4][i % 4] = finished;
-      }
-      const RowKeys done = keys[0];
-      keys[0] = keys[1];
-      keys[1] = done;
+      rotate(sums);
+      rotate(keys);
     }
   }
 
@@ -91,7 +97,7 @@ __global__ void __launch_bounds__(kMaxTileThreads)
     for (int i = 0; i < kBatchTiles; ++i) {
       for (int k = 0; k < 4; ++k) {
         const int row = t * kTileRows + m + k / 2 * 8, entry = kBatchTile * i + 2 * q + k % 2;
-        shared[(warp * kEntries + entry) * kGroupRows + row] = sums[t][i][k];
+        shared[(warp * kEntries + entry) * kGroupRows + row] = sums[t].of[i][k];
       }
     }
   }
@@ -105,11 +111,6 @@ __global__ void __launch_bounds__(kMaxTileThreads)
   }
 }
 
-size_t sums_bytes(int64_t batch) {
-  const int64_t tiles = (batch + kBatchTile - 1) / kBatchTile;
-  return static_cast<size_t>((tiles <= 2 ? tiles : 4) * kBatchTile) * kGroupRows * sizeof(float);
-}
-
 }  // namespace
 
 std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& size) {
@@ -120,30 +121,30 @@ std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& si
 }
 
 int num_parts_of_linear(const DeviceWeight& weight, const LayerSize& size, const Device& device) {
-  return plan_tiles(weight, 0, size.out_features, size.in_features, 0, 0, device)
+  return plan_tiles(weight, 0, size.out_features, size.in_features, 0, kWarpSize, 0, device)
       .segments.num_parts;
 }
 
 void linear_small(const DeviceWeight& weight, const LayerSize& size, const void* input,
                   int64_t batch, int num_parts, float* parts, const Device& device,
                   cudaStream_t stream) {
-  const TilePlan plan = plan_tiles(weight, 0, size.out_features, size.in_features, num_parts,
-                                   sums_bytes(batch), device);
   with_types(weight, [&]<class Number, class Shape>(Number, Shape) {
-    const auto run = [&](auto kernel) {
-      launch("linear_small", kernel, plan.grid, stream, weight, plan.groups, plan.segments,
+    const auto run = [&]<int kBatchTiles>() {
+      const TilePlan plan =
+          plan_tiles(weight, 0, size.out_features, size.in_features, num_parts,
+                     threads_of<Shape, kBatchTiles>(), sums_bytes(kBatchTiles), device);
+      launch("linear_small",
+             plan.shared ? linear_small_kernel<Number, Shape, Source::kShared, kBatchTiles>
+                         : linear_small_kernel<Number, Shape, Source::kGlobal, kBatchTiles>,
+             plan.grid, stream, weight, plan.groups, plan.segments,
              static_cast<const Number*>(input), batch, size.out_features, parts);
     };
-    const auto run_with = [&]<int kBatchTiles>() {
-      plan.shared ? run(linear_small_kernel<Number, Shape, Source::kShared, kBatchTiles>)
-                  : run(linear_small_kernel<Number, Shape, Source::kGlobal, kBatchTiles>);
-    };
     if (batch <= kBatchTile) {
-      run_with.template operator()<1>();
+      run.template operator()<1>();
     } else if (batch <= 2 * kBatchTile) {
-      run_with.template operator()<2>();
+      run.template operator()<2>();
     } else {
-      run_with.template operator()<4>();
+      run.template operator()<4>();
     }
   });
 }

@@ -6,7 +6,7 @@ namespace hfh::cuda {
 namespace {
 
 template <class Number, class Shape, Source kSource, bool kElements>
-__global__ void __launch_bounds__(kMaxTileThreads)
+__global__ void __launch_bounds__(tile_threads<Shape>(), 1)
     write_panel_kernel(DeviceWeight weight, RowGroups groups, Segments segments,
                        Number* __restrict__ panel) {
   const int part = static_cast<int>(blockIdx.x % segments.num_parts);
@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(kMaxTileThreads)
   const char* elements = prepare_elements<Number, kSource>(weight, base);
   const Network<Number, Shape> g(weight);
   const TileMaker<Number, Shape, kSource, kElements> tiles(weight, base, elements);
-  const RowKeys keys[kTiles] = {{static_cast<uint32_t>(first), weight.hash.seed},
-                                {static_cast<uint32_t>(first) + kTileRows, weight.hash.seed}};
+  RowKeys keys[kTiles] = {{static_cast<uint32_t>(first), weight.hash.seed},
+                          {static_cast<uint32_t>(first) + kTileRows, weight.hash.seed}};
 
   const int m = threadIdx.x % kWarpSize / 4;
   const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
@@ -26,12 +26,13 @@ __global__ void __launch_bounds__(kMaxTileThreads)
        segment += num_warps) {
     const uint32_t col = static_cast<uint32_t>(segment) * kSegment;
 #pragma unroll 1
-    for (uint64_t row = first; row < last; row += kTileRows) {
+    for (int t = 0; t < kTiles; ++t) {
       uint32_t value[2][2][4];
-      tiles.make(g, row == first ? keys[0] : keys[1], segments.col_offset + col, value);
+      tiles.make(g, keys[0], segments.col_offset + col, value);
+      rotate(keys);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint64_t at = row + m + 8 * i;
+        const uint64_t at = first + t * kTileRows + m + 8 * i;
         if (at >= last) continue;
         Number* to = panel + static_cast<int64_t>(at - groups.begin) * segments.in_features() + col;
 #pragma unroll
@@ -53,8 +54,9 @@ std::string why_not_panel(const DeviceWeight& weight, const LayerSize& size) {
 
 void write_panel(const DeviceWeight& weight, const LayerSize& size, int64_t row_begin, int64_t rows,
                  void* panel, const Device& device, cudaStream_t stream) {
-  const TilePlan plan = plan_tiles(weight, row_begin, rows, size.in_features, 0, 0, device);
   with_types(weight, [&]<class Number, class Shape>(Number, Shape) {
+    const TilePlan plan =
+        plan_tiles(weight, row_begin, rows, size.in_features, 0, tile_threads<Shape>(), 0, device);
     const auto run = [&](auto kernel) {
       launch("write_panel", kernel, plan.grid, stream, weight, plan.groups, plan.segments,
              static_cast<Number*>(panel));

@@ -106,6 +106,13 @@ __device__ __forceinline__ void multiply_add_k8(float (&d)[4], const uint32_t (&
   }
 }
 
+/// d += a b.
+template <class Number>
+__device__ __forceinline__ void multiply_add_k16(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+  multiply_add_k16<Number>(d, a, b, d);
+}
+
 /// Adds four floats to global memory, as one operation where the device has it; `to` is aligned to
 /// 16 bytes.
 __device__ __forceinline__ void add_vector(float* to, float4 value) {

@@ -16,7 +16,22 @@ namespace hfh::cuda {
 inline constexpr int kTiles = kGroupRows / kTileRows;
 static_assert(kTiles == 2);
 
-inline constexpr int kMaxTileThreads = 384;
+/// Exchanges what belongs to the two tiles of a group. A loop over tiles that is not unrolled
+/// cannot index registers: it works on the first and rotates.
+template <class T>
+__device__ __forceinline__ void rotate(T (&of_tiles)[kTiles]) {
+  const T first = of_tiles[0];
+  of_tiles[0] = of_tiles[1];
+  of_tiles[1] = first;
+}
+
+/// Threads of a processor: as many as leave each the registers it needs, to which the launch bounds
+/// of kernels over tiles hold the compiler. `other` says that
+/// the kernel keeps much beside the weights.
+template <class Shape>
+constexpr int tile_threads(bool other) {
+  return other || Shape::kHashesBound > 4 || Shape::kWidthBound > 4 ? 256 : 384;
+}
 
 /// The columns of the layer, which begin at a multiple of kSegment of the weight, in segments.
 struct Segments {
@@ -67,16 +82,17 @@ struct TilePlan {
 };
 
 /// For rows [row_begin, row_begin + rows) and all columns of a layer; `num_parts` 0 leaves the
-/// number of parts to the plan. Warps need `warp_bytes` of shared memory at their end.
+/// number of parts to the plan. A processor runs `threads`; warps need `warp_bytes` of shared
+/// memory at their end.
 inline TilePlan plan_tiles(const DeviceWeight& weight, int64_t row_begin, int64_t rows,
-                           int64_t in_features, int num_parts, size_t warp_bytes,
+                           int64_t in_features, int num_parts, int threads, size_t warp_bytes,
                            const Device& device) {
   const RowGroups groups(weight.hash, weight.row_offset + static_cast<uint64_t>(row_begin),
                          static_cast<uint64_t>(rows));
   Segments segments{weight.col_offset, static_cast<int32_t>(in_features / kSegment), 1};
   if (num_parts == 0) {
     // Enough blocks to fill the device twice, as long as each warp has a segment.
-    constexpr int64_t kWarps = kMaxTileThreads / kWarpSize / 2;
+    constexpr int64_t kWarps = 6;
     const int64_t wanted = (2 * device.processors + groups.count() - 1) / groups.count();
     num_parts =
         static_cast<int>(std::clamp<int64_t>(wanted, 1, (segments.count + kWarps - 1) / kWarps));
@@ -91,7 +107,7 @@ inline TilePlan plan_tiles(const DeviceWeight& weight, int64_t row_begin, int64_
       bytes + kBarrierBytes <= device.shared_bytes && static_cast<double>(bytes) <= gathered;
   const size_t room = shared ? kBarrierBytes + bytes : 0;
   // Two blocks a processor where both fit.
-  const int threads = 2 * room <= device.shared_bytes ? kMaxTileThreads / 2 : kMaxTileThreads;
+  if (2 * room <= device.shared_bytes) threads /= 2;
   const size_t at_end = warp_bytes * static_cast<size_t>(threads / kWarpSize);
   return {groups,
           segments,

@@ -66,13 +66,20 @@ struct Draw {
   U sign;  // bit 31 set: the element enters negated; all other bits clear
 };
 
-/// Slot and sign of one hash function. `base` is `window_base` of the row, or of each lane's row.
-template <class U, class Base>
-HFH_HOST_DEVICE constexpr Draw<U> draw(U key, uint32_t lane, Base base, const HashParams& params) {
+/// What one hash function draws: in `high` the slot, counted from the first that the row can draw,
+/// in bit 31 of `low` the sign.
+template <class U>
+HFH_HOST_DEVICE constexpr Product<U> draw_product(U key, uint32_t lane, const HashParams& params) {
   U hash = key * lane;
   hash ^= hash >> 15;
   hash *= 0x2c1b3c6du;
-  const Product<U> product = wide_multiply(hash, params.draw_slots);
+  return wide_multiply(hash, params.draw_slots);
+}
+
+/// Slot and sign of one hash function. `base` is `window_base` of the row, or of each lane's row.
+template <class U, class Base>
+HFH_HOST_DEVICE constexpr Draw<U> draw(U key, uint32_t lane, Base base, const HashParams& params) {
+  const Product<U> product = draw_product(key, lane, params);
   // base and the draw are both below num_slots < 2^31: the sum cannot wrap.
   const U slot = product.high + base;
   return {slot >= params.num_slots ? slot - params.num_slots : slot, product.low & 0x80000000u};

@@ -127,7 +127,7 @@ __global__ void multiply(const uint16_t* a, const uint16_t* b, float* d) {
   if constexpr (kDepth == 16) {
     multiply_add_k16<Number>(d_part, a_part, b_part);
   } else {
-    multiply_add_k8<Number>(d_part, a_part, b_part);
+    multiply_add_k8<Number>(d_part, a_part, b_part[0], d_part);
   }
   for (int i = 0; i < 4; ++i) d[(m + 8 * (i / 2)) * 8 + q + i % 2] = d_part[i];
 }
