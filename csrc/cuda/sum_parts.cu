@@ -1,7 +1,6 @@
-#include "cuda/sum_parts.h"
-
 #include "cuda/launch.h"
 #include "cuda/numbers.h"
+#include "cuda/sum_parts.h"
 
 namespace hfh::cuda {
 
