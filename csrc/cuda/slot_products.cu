@@ -101,33 +101,33 @@ struct SlotOperands {
     return static_cast<int>(threadIdx.x) / kWarpSize + i * kWarps;
   }
 
-  /// Columns that the layer has not are zero, whatever the pool holds there.
+  /// Columns that the layer has not are zero, whatever the pool holds there. (Slots past the last
+  /// that is drawn hold anything.)
   __device__ __forceinline__ void load(const DeviceWeight& weight, uint32_t base, int begin,
                                        int end) {
     const HashParams& hash = weight.hash;
     const int m = threadIdx.x % kWarpSize / 4, q = threadIdx.x % 4;
+    const auto* pool = static_cast<const uint16_t*>(weight.pool) + (kBlock == 16 ? 4 : 8) * q;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t draw = tile(i) * kTile + half * 8 + m;
-        const bool drawn = draw < hash.draw_slots;
-        const uint32_t slot = base + (drawn ? draw : 0);
+        const uint32_t slot = base + (draw < hash.draw_slots ? draw : 0);
         const uint16_t* row =
-            static_cast<const uint16_t*>(weight.pool) +
-            size_t{slot >= hash.num_slots ? slot - hash.num_slots : slot} * kBlock;
+            pool + size_t{slot >= hash.num_slots ? slot - hash.num_slots : slot} * kBlock;
         if constexpr (kBlock == 16) {
-          const uint2 loaded = *reinterpret_cast<const uint2*>(row + 4 * q);
-          words[i][0][half] = drawn ? loaded.x : 0u;
-          words[i][0][half + 2] = drawn ? loaded.y : 0u;
+          const uint2 loaded = *reinterpret_cast<const uint2*>(row);
+          words[i][0][half] = loaded.x;
+          words[i][0][half + 2] = loaded.y;
         } else {
 #pragma unroll
           for (int step = 0; step < kSteps; step += 2) {
-            const uint4 loaded = *reinterpret_cast<const uint4*>(row + 16 * step + 8 * q);
-            words[i][step][half] = drawn ? loaded.x : 0u;
-            words[i][step][half + 2] = drawn ? loaded.y : 0u;
-            words[i][step + 1][half] = drawn ? loaded.z : 0u;
-            words[i][step + 1][half + 2] = drawn ? loaded.w : 0u;
+            const uint4 loaded = *reinterpret_cast<const uint4*>(row + 16 * step);
+            words[i][step][half] = loaded.x;
+            words[i][step][half + 2] = loaded.y;
+            words[i][step + 1][half] = loaded.z;
+            words[i][step + 1][half + 2] = loaded.w;
           }
         }
       }
@@ -154,9 +154,9 @@ struct SlotOperands {
 /// lanes take operand "b". Words 4n + 2j and 4n + 2j + 1 of a half are columns 2n and 2n + 1 of its
 /// tile j: a lane then gets four products of a slot that lie beside each other.
 template <int kBlock>
-__device__ __forceinline__ int input_offset(int word, int unit) {
-  const int half = word / kHalfWords, in_half = word % kHalfWords;
-  const int tile = 2 * half + in_half / 2 % 2, column = in_half / 4 * 2 + in_half % 2;
+__device__ __forceinline__ unsigned input_offset(unsigned word, unsigned unit) {
+  const unsigned half = word / kHalfWords, in_half = word % kHalfWords;
+  const unsigned tile = 2 * half + in_half / 2 % 2, column = in_half / 4 * 2 + in_half % 2;
   if constexpr (kBlock == 16) {
     return (tile * kWarpSize + column * 4) * 8 + unit * 16;
   } else {
@@ -171,9 +171,11 @@ __device__ __forceinline__ void stage_inputs(const Arguments& args, const Column
   constexpr int kUnits = kBlock / kUnit;
   const SlotProductsLinear& linear = args.linear;
 #pragma unroll
-  for (int i = threadIdx.x; i < kWords * kUnits; i += kThreads) {
-    const int word = i / kUnits, unit = i % kUnits;
-    const int block = first + word / kBatch, sample = word % kBatch;
+  for (unsigned begin = 0; begin < kWords * kUnits; begin += kThreads) {
+    const unsigned i = begin + threadIdx.x;
+    if (kWords * kUnits < kThreads && i >= kWords * kUnits) break;
+    const unsigned word = i / kUnits, unit = i % kUnits, sample = word % kBatch;
+    const int block = first + static_cast<int>(word / kBatch);
     char* to = buffer + input_offset<kBlock>(word, unit);
     const int64_t column =
         (blocks.first + block) * kBlock + unit * kUnit - int64_t{args.weight.col_offset};
@@ -289,8 +291,10 @@ __device__ __forceinline__ void add_products(const HashParams& hash, const Share
                                              float (&sums)[Lanes<kBatch>::kPasses][kBatch]) {
   using Lane = Lanes<kBatch>;
   const int word = Lane::block() * kBatch;
-  const float* products =
-      products_of(shared, hash.draw_slots, word / kHalfWords) + word % kHalfWords;
+  const auto first_product = static_cast<uint32_t>(
+      products_of(shared, hash.draw_slots, word / kHalfWords) + word % kHalfWords -
+      shared.products);
+  const auto* products = reinterpret_cast<const char*>(shared.products);
   float mix[kHashes];
 #pragma unroll
   for (int u = 0; u < kHashes; ++u) mix[u] = shared.mix[u];
@@ -303,7 +307,9 @@ __device__ __forceinline__ void add_products(const HashParams& hash, const Share
       const Draw<uint32_t> drawn = draw_in_window(key, hash_lane(u), hash);
       const float factor = __uint_as_float(__float_as_uint(mix[u]) ^ drawn.sign);
       float product[kBatch];
-      load_floats(products + drawn.slot * kHalfWords, product);
+      const uint32_t offset = multiply_add(drawn.slot, kHalfWords * sizeof(float),
+                                           first_product * sizeof(float));
+      load_floats(reinterpret_cast<const float*>(products + offset), product);
 #pragma unroll
       for (int sample = 0; sample < kBatch; ++sample) {
         sums[pass][sample] = fmaf(factor, product[sample], sums[pass][sample]);

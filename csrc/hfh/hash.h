@@ -56,8 +56,13 @@ constexpr Product<U> wide_multiply(U a, uint32_t b);
 
 template <>
 HFH_HOST_DEVICE constexpr Product<uint32_t> wide_multiply(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  // One instruction. Of the 64-bit product nvcc adds up the halves where `b` is loop-invariant.
+  return {__umulhi(a, b), a * b};
+#else
   const uint64_t product = uint64_t{a} * b;
   return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+#endif
 }
 
 template <class U>
