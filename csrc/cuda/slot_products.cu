@@ -291,9 +291,9 @@ __device__ __forceinline__ void add_products(const HashParams& hash, const Share
                                              float (&sums)[Lanes<kBatch>::kPasses][kBatch]) {
   using Lane = Lanes<kBatch>;
   const int word = Lane::block() * kBatch;
-  const auto first_product = static_cast<uint32_t>(
-      products_of(shared, hash.draw_slots, word / kHalfWords) + word % kHalfWords -
-      shared.products);
+  const auto first_product =
+      static_cast<uint32_t>(products_of(shared, hash.draw_slots, word / kHalfWords) +
+                            word % kHalfWords - shared.products);
   const auto* products = reinterpret_cast<const char*>(shared.products);
   float mix[kHashes];
 #pragma unroll
@@ -307,8 +307,8 @@ __device__ __forceinline__ void add_products(const HashParams& hash, const Share
       const Draw<uint32_t> drawn = draw_in_window(key, hash_lane(u), hash);
       const float factor = __uint_as_float(__float_as_uint(mix[u]) ^ drawn.sign);
       float product[kBatch];
-      const uint32_t offset = multiply_add(drawn.slot, kHalfWords * sizeof(float),
-                                           first_product * sizeof(float));
+      const uint32_t offset =
+          multiply_add(drawn.slot, kHalfWords * sizeof(float), first_product * sizeof(float));
       load_floats(reinterpret_cast<const float*>(products + offset), product);
 #pragma unroll
       for (int sample = 0; sample < kBatch; ++sample) {

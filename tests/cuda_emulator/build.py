@@ -29,7 +29,7 @@ def sources() -> tuple[list[Path], list[Path]]:
     plain = [Path(EMULATOR, name) for name in ("emulator.cpp", "runtime.cpp", "self_test.cpp")]
     plain += sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
     with_tensors = [Path(EMULATOR, name) for name in sorted(NEED_CUDA)]
-    with_tensors += [Path("csrc/torch/weight.cpp")]
+    with_tensors += [Path(EMULATOR, "slot_products.cpp"), Path("csrc/torch/weight.cpp")]
     with_tensors += sorted(
         path.relative_to(ROOT)
         for path in (ROOT / "csrc/torch/cuda").glob("*.cpp")
