@@ -212,9 +212,8 @@ class TileMaker {
   /// pool the slot, and the sign as its bit 31.
   __device__ __forceinline__ uint32_t place(uint32_t key, uint32_t lane_constant) const {
     if constexpr (kIsShared) {
-      const Product<uint32_t> one = draw_product(key, lane_constant, hash_);
-      const uint32_t negative = (one.low & kSign) != 0 ? hash_.draw_slots * slot_bytes() : 0;
-      return one.high * slot_bytes() + negative;
+      const Draw<uint32_t> one = draw_in_window(key, lane_constant, hash_);
+      return (one.slot + (one.sign != 0 ? hash_.draw_slots : 0)) * slot_bytes();
     }
     const Draw<uint32_t> one = draw(key, lane_constant, base_, hash_);
     return one.slot | one.sign;

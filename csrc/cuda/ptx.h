@@ -58,6 +58,14 @@ __device__ __forceinline__ void unpack(uint32_t packed, float& low, float& high)
   }
 }
 
+/// a b + c in one instruction, where the compiler would shift the wide product that `a` is the high
+/// half of.
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 /// tanh to about 11 bits, by the special function unit.
 __device__ __forceinline__ float fast_tanh(float x) {
   float y;
