@@ -113,8 +113,12 @@ __global__ void __launch_bounds__(threads_of<Shape, kBatchTiles>(), 1)
 
 }  // namespace
 
-std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& size) {
+std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& size, int64_t batch) {
   const std::string reason = why_not_tiles(weight, size.in_features);
+  if (reason.empty() && batch > kMaxSmallBatch) {
+    return "the batch must be at most " + std::to_string(kMaxSmallBatch) + ", received " +
+           std::to_string(batch);
+  }
   if (!reason.empty() || weight.hash.block() >= kSharedBlock) return reason;
   return "block must be at least " + std::to_string(kSharedBlock) + ", received " +
          std::to_string(weight.hash.block());

@@ -25,8 +25,8 @@ inline constexpr int64_t kMaxSmallBatch = 32;
 /// Why `write_panel` has no kernel for a layer; empty where it has.
 std::string why_not_panel(const DeviceWeight& weight, const LayerSize& size);
 
-/// Why `linear_small` has no kernel for a layer; empty where it has.
-std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& size);
+/// Why `linear_small` has no kernel for a product; empty where it has.
+std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& size, int64_t batch);
 
 /// In how many parts of the columns `linear_small` cuts its sums.
 int num_parts_of_linear(const DeviceWeight& weight, const LayerSize& size, const Device& device);

@@ -6,7 +6,7 @@ namespace hfh::cuda {
 namespace {
 
 template <class Number, class Shape, Source kSource, bool kElements>
-__global__ void __launch_bounds__(tile_threads<Shape>(), 1)
+__global__ void __launch_bounds__(tile_threads<Shape>(kElements), 1)
     write_panel_kernel(DeviceWeight weight, RowGroups groups, Segments segments,
                        Number* __restrict__ panel) {
   const int part = static_cast<int>(blockIdx.x % segments.num_parts);
@@ -55,19 +55,16 @@ std::string why_not_panel(const DeviceWeight& weight, const LayerSize& size) {
 void write_panel(const DeviceWeight& weight, const LayerSize& size, int64_t row_begin, int64_t rows,
                  void* panel, const Device& device, cudaStream_t stream) {
   with_types(weight, [&]<class Number, class Shape>(Number, Shape) {
-    const TilePlan plan =
-        plan_tiles(weight, row_begin, rows, size.in_features, 0, tile_threads<Shape>(), 0, device);
-    const auto run = [&](auto kernel) {
-      launch("write_panel", kernel, plan.grid, stream, weight, plan.groups, plan.segments,
-             static_cast<Number*>(panel));
+    const auto run = [&]<bool kElements>() {
+      const TilePlan plan = plan_tiles(weight, row_begin, rows, size.in_features, 0,
+                                       tile_threads<Shape>(kElements), 0, device);
+      launch("write_panel",
+             plan.shared ? write_panel_kernel<Number, Shape, Source::kShared, kElements>
+                         : write_panel_kernel<Number, Shape, Source::kGlobal, kElements>,
+             plan.grid, stream, weight, plan.groups, plan.segments, static_cast<Number*>(panel));
     };
-    if (weight.hash.block() < kSharedBlock) {
-      plan.shared ? run(write_panel_kernel<Number, Shape, Source::kShared, true>)
-                  : run(write_panel_kernel<Number, Shape, Source::kGlobal, true>);
-    } else {
-      plan.shared ? run(write_panel_kernel<Number, Shape, Source::kShared, false>)
-                  : run(write_panel_kernel<Number, Shape, Source::kGlobal, false>);
-    }
+    weight.hash.block() < kSharedBlock ? run.template operator()<true>()
+                                       : run.template operator()<false>();
   });
 }
 

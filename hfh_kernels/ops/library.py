@@ -28,6 +28,8 @@ class Weight(NamedTuple):
     scale: float
     row_offset: int
     col_offset: int
+    backend: str = "auto"
+    """On CUDA: "auto", "cuda" or "triton"."""
 
     def hash_spec(self, pool_size: int) -> HashSpec:
         """The hash's part, validated."""
@@ -50,7 +52,11 @@ class Weight(NamedTuple):
                 )
 
 
-WEIGHT = ", ".join(f"{kind.__name__} {name}" for name, kind in Weight.__annotations__.items())
+WEIGHT = ", ".join(
+    f"{kind.__name__} {name}"
+    + (f'="{Weight._field_defaults[name]}"' if name in Weight._field_defaults else "")
+    for name, kind in Weight.__annotations__.items()
+)
 """The same arguments as a schema fragment."""
 
 LIBRARY: Any = torch.library.Library("hfh", "DEF")

@@ -33,7 +33,6 @@ def sources() -> dict[Path, list[str]]:
     kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
     return {
         **{EMULATOR / name: tensors for name in sorted(NEED_CUDA)},
-        EMULATOR / "slot_products.cpp": tensors,
         Path("csrc/torch/weight.cpp"): tensors,
         **{path: tensors for path in product if path.name not in NEED_CUDA},
         **{path: KERNEL_FLAGS for path in [*kernels, EMULATOR / "self_test.cpp"]},

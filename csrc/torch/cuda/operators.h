@@ -20,6 +20,18 @@ std::tuple<at::Tensor, at::Tensor> materialize_backward(const at::Tensor& grad,
                                                         const at::Tensor& theta,
                                                         HFH_WEIGHT_PARAMETERS);
 
+/// What multiplies.
+enum class LinearKernel {
+  kNone,
+  kSlotProducts,  // no weights at all, csrc/cuda/slot_products.h
+  kTiles,         // weights in registers, csrc/cuda/linear.h
+  kPanels,        // a panel of weights, then the platform's product
+};
+
+/// The kernels that `linear` would run.
+LinearKernel linear_kernel(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
+                           int64_t out_features, HFH_WEIGHT_PARAMETERS);
+
 at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
                   const std::optional<at::Tensor>& bias, int64_t out_features,
                   HFH_WEIGHT_PARAMETERS);
