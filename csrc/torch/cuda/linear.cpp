@@ -60,6 +60,8 @@ void multiply_panels(const CheckedDeviceWeight& weight, const LayerSize& size,
   }
 }
 
+enum class LinearKernel { kNone, kSlotProducts, kTiles, kPanels };
+
 struct Product {
   const CheckedDeviceWeight& weight;
   LayerSize size;
@@ -136,16 +138,39 @@ LinearKernel require_kernel(const Product& product, c10::string_view backend) {
   return kernel;
 }
 
+/// Where algorithms have to be deterministic, cuBLAS's products may refuse: Triton's do not.
+std::string why_not_automatic(c10::string_view backend) {
+  const bool refuses = backend == "auto" && at::globalContext().deterministicAlgorithms();
+  return refuses ? "the platform's product may not be deterministic" : "";
+}
+
 }  // namespace
 
-LinearKernel linear_kernel(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
+std::string why_not_linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
                            int64_t out_features, HFH_WEIGHT_PARAMETERS) {
   check_input(input, "input", pool);
   const CheckedDeviceWeight weight(pool, theta, out_features, input.size(-1),
                                    {HFH_WEIGHT_ARGUMENTS});
+  const Product product{weight, {out_features, input.size(-1)}, rows_of(input),
+                        input.scalar_type()};
+  for (const auto& [name, kernel] : kNamed) {
+    if (backend == name) return why_not(kernel, product);
+  }
   std::string reason;
-  return choose({weight, {out_features, input.size(-1)}, rows_of(input), input.scalar_type()},
-                reason);
+  const LinearKernel kernel = choose(product, reason);
+  if (kernel == LinearKernel::kNone) return reason;
+  return kernel == LinearKernel::kPanels ? why_not_automatic(backend) : "";
+}
+
+std::string why_not_linear_backward_input(const at::Tensor& grad_output, const at::Tensor& pool,
+                                          const at::Tensor& theta, int64_t in_features,
+                                          HFH_WEIGHT_PARAMETERS) {
+  check_input(grad_output, "grad_output", pool);
+  const int64_t out_features = grad_output.size(-1);
+  const CheckedDeviceWeight weight(pool, theta, out_features, in_features, {HFH_WEIGHT_ARGUMENTS});
+  const std::string reason = why_not_panels(
+      {weight, {out_features, in_features}, rows_of(grad_output), grad_output.scalar_type()});
+  return reason.empty() ? why_not_automatic(backend) : reason;
 }
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
