@@ -21,7 +21,8 @@ bool takes(c10::string_view backend, const std::string& reason) {
 template <class Signature>
 c10::TypedOperatorHandle<Signature> triton_operator(const char* name) {
   const auto schema = c10::Dispatcher::singleton().findSchema({name, ""});
-  TORCH_CHECK(schema.has_value(), "no kernel on CUDA can run: csrc/cuda has none for these "
+  TORCH_CHECK(schema.has_value(),
+              "no kernel on CUDA can run: csrc/cuda has none for these "
               "arguments (backend='cuda' says why), and Triton is not installed");
   return schema->typed<Signature>();
 }
@@ -29,8 +30,8 @@ c10::TypedOperatorHandle<Signature> triton_operator(const char* name) {
 at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
                   const std::optional<at::Tensor>& bias, int64_t out_features,
                   HFH_WEIGHT_PARAMETERS) {
-  if (takes(backend, cuda_ops::why_not_linear(input, pool, theta, out_features,
-                                              HFH_WEIGHT_ARGUMENTS))) {
+  if (takes(backend,
+            cuda_ops::why_not_linear(input, pool, theta, out_features, HFH_WEIGHT_ARGUMENTS))) {
     return cuda_ops::linear(input, pool, theta, bias, out_features, HFH_WEIGHT_ARGUMENTS);
   }
   static const auto triton = triton_operator<decltype(linear)>("hfh::triton_linear");
