@@ -28,16 +28,19 @@ X86_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 
 def sources() -> dict[Path, list[str]]:
     """Every file with its own flags."""
+
+    def found(pattern: str) -> list[Path]:
+        return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
+
+    emulator = [EMULATOR / f"{name}.cpp" for name in ("emulator", "runtime", "sanitizer")]
+    kernels = [*found("csrc/cuda/*.cu"), EMULATOR / "self_test.cpp"]
+    operators = [*found("csrc/torch/cuda/*.cpp"), Path("csrc/torch/weight.cpp")]
+    operators = [path for path in operators if path.name not in NEED_CUDA]
+    operators += [path for path in found(f"{EMULATOR}/*.cpp") if path not in (*emulator, *kernels)]
     tensors = ["-O1", *("-isystem" + path for path in cpp_extension.include_paths())]
-    product = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/torch/cuda").glob("*.cpp"))
-    kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
-    return {
-        **{EMULATOR / name: tensors for name in sorted(NEED_CUDA)},
-        Path("csrc/torch/weight.cpp"): tensors,
-        **{path: tensors for path in product if path.name not in NEED_CUDA},
-        **{path: KERNEL_FLAGS for path in [*kernels, EMULATOR / "self_test.cpp"]},
-        **{EMULATOR / f"{name}.cpp": ["-O3"] for name in ("emulator", "runtime", "sanitizer")},
-    }
+    # Those that take longest to compile first.
+    flags = {path: KERNEL_FLAGS for path in kernels} | {path: tensors for path in operators}
+    return flags | {path: ["-O3"] for path in emulator}
 
 
 def ninja_file() -> str:
