@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -113,19 +113,33 @@ def test_kernels_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     source = min(Path("csrc/cuda").glob("*.cu"), key=lambda path: path.stat().st_size)
     compile_kernels = BUILD["compile_kernels"]
     monkeypatch.setitem(compile_kernels.__globals__, "CUDA_KERNEL_SOURCES", [str(source)])
-    (compiled,) = compile_kernels(["no-compiler"], {}, BUILD["find_toolkit"](), tmp_path)
+    (compiled,) = compile_kernels(["c++"], {}, BUILD["find_toolkit"](), tmp_path)
     assert Path(compiled).read_bytes().startswith(b"\x7fELF")
+
+
+def compile_without_nvcc(source: str, includes: list[str]) -> None:
+    """Checks C++ against CUDA's headers. PyTorch's packages for the CPU lack but one of theirs."""
+    command = ["c++", "-std=c++20", "-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
+    folders = ["csrc", *includes, *BUILD["find_toolkit"]().include_dirs]
+    command += [f"-I{folder}" for folder in folders]
+    command += ["-x", "c++", "-"]
+    result = subprocess.run(command, input=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_nvcc
+@pytest.mark.usefixtures("in_root")
+def test_headers_of_the_launchers_compile_without_nvcc() -> None:
+    texts = [path.read_text() for path in Path("csrc/torch/cuda").iterdir()]
+    headers = {line for text in texts for line in re.findall('#include "cuda/.*"', text)}
+    assert '#include "cuda/weight.h"' in headers
+    compile_without_nvcc("\n".join([*sorted(headers), ""]), includes=[])
 
 
 @needs_nvcc
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_root")
-def test_what_sees_tensors_compiles() -> None:
-    """Against CUDA's headers. PyTorch's CPU packages have its own too, but for one."""
-    includes = [*cpp_extension.include_paths(), *BUILD["find_toolkit"]().include_dirs]
-    options: list[Any] = ["-std=c++20", "-fsyntax-only", "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE"]
-    options += ["-Icsrc", *(f"-isystem{path}" for path in includes)]
-    for source in BUILD["CUDA_TORCH_SOURCES"]:
-        path = ROOT / source
-        result = subprocess.run(["c++", *options, path], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+def test_stream_compiles() -> None:
+    """The emulator, which compiles the other files of its folder, has its own."""
+    source = Path("csrc/torch/cuda/stream.cpp").read_text()
+    compile_without_nvcc(source, includes=cpp_extension.include_paths())

@@ -37,7 +37,7 @@ def sources() -> dict[Path, list[str]]:
     operators = [*found("csrc/torch/cuda/*.cpp"), Path("csrc/torch/weight.cpp")]
     operators = [path for path in operators if path.name not in NEED_CUDA]
     operators += [path for path in found(f"{EMULATOR}/*.cpp") if path not in (*emulator, *kernels)]
-    tensors = ["-O1", *("-isystem" + path for path in cpp_extension.include_paths())]
+    tensors = ["-O0", *("-isystem" + path for path in cpp_extension.include_paths())]
     # Those that take longest to compile first.
     flags = {path: KERNEL_FLAGS for path in kernels} | {path: tensors for path in operators}
     return flags | {path: ["-O3"] for path in emulator}
