@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import subprocess
@@ -70,7 +71,7 @@ def ninja_file() -> str:
 
 
 def build() -> Path:
-    """Compiles what changed; the library.
+    """Compiles what changed, in one process at a time; the library.
 
     Raises:
         RuntimeError: a file did not compile; the message has the compiler's.
@@ -78,15 +79,17 @@ def build() -> Path:
     folder = ROOT / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "build.ninja"
-    path.write_text(ninja_file())
     search = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
-    result = subprocess.run(
-        ["ninja", "-f", path.relative_to(ROOT)],
-        cwd=ROOT,
-        env={**os.environ, "PATH": search},
-        capture_output=True,
-        text=True,
-    )
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path.write_text(ninja_file())
+        result = subprocess.run(
+            ["ninja", "-f", path.relative_to(ROOT)],
+            cwd=ROOT,
+            env={**os.environ, "PATH": search},
+            capture_output=True,
+            text=True,
+        )
     if result.returncode != 0:
         raise RuntimeError(f"the CUDA emulator did not build:\n{result.stdout}{result.stderr}")
     return LIBRARY
