@@ -17,6 +17,7 @@ EMULATOR = Path("tests/cuda_emulator")
 FOLDER = Path("build/cuda_emulator")
 LIBRARY = ROOT / FOLDER / "libhfh_cuda_emulator.so"
 
+EMULATOR_FILES = ("emulator", "warp", "copies", "runtime", "sanitizer")
 # Those that need CUDA's own libraries; tests/cuda_emulator has its own.
 NEED_CUDA = {"stream.cpp", "registration.cpp"}
 FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden"]
@@ -33,7 +34,7 @@ def sources() -> dict[Path, list[str]]:
     def found(pattern: str) -> list[Path]:
         return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
 
-    emulator = [EMULATOR / f"{name}.cpp" for name in ("emulator", "runtime", "sanitizer")]
+    emulator = [EMULATOR / f"{name}.cpp" for name in EMULATOR_FILES]
     kernels = [*found("csrc/cuda/*.cu"), EMULATOR / "self_test.cpp"]
     operators = [*found("csrc/torch/cuda/*.cpp"), Path("csrc/torch/weight.cpp")]
     operators = [path for path in operators if path.name not in NEED_CUDA]
