@@ -132,7 +132,8 @@ struct SlotOperands {
         }
       }
     }
-    if (begin == 0 && end == kBlock) return;
+    // Also of whole blocks: the loads' registers are not in the operands' order, and the compiler
+    // would move them for each use.
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -187,16 +188,37 @@ __device__ __forceinline__ void stage_inputs(const Arguments& args, const Column
       copy_async16(to, from);
       continue;
     }
-    uint32_t pairs[4] = {};
-#pragma unroll
+    auto* numbers = reinterpret_cast<uint16_t*>(to);
+#pragma unroll 1
     for (int j = 0; j < kUnit; ++j) {
-      if (wanted && column + j >= 0 && column + j < linear.in_features) {
-        pairs[j / 2] |= uint32_t{from[j]} << (16 * (j % 2));
-      }
+      const bool inside = wanted && column + j >= 0 && column + j < linear.in_features;
+      numbers[j] = inside ? from[j] : uint16_t{0};
     }
-    *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
   copy_async_commit();
+}
+
+/// Operand "b" of a tile of eight words, for some steps of 16 columns.
+template <int kBlock, int kCount>
+__device__ __forceinline__ void load_operands(const char* inputs, int tile, int first, int lane,
+                                              uint32_t (&b)[kCount][2]) {
+  if constexpr (kBlock == 16) {
+    const uint2 loaded =
+        *reinterpret_cast<const uint2*>(inputs + (tile * kWarpSize + lane) * sizeof(uint2));
+    b[0][0] = loaded.x;
+    b[0][1] = loaded.y;
+  } else {
+#pragma unroll
+    for (int step = 0; step < kCount; step += 2) {
+      const int row = tile * (kBlock / 32) + (first + step) / 2;
+      const uint4 loaded =
+          *reinterpret_cast<const uint4*>(inputs + (row * kWarpSize + lane) * sizeof(uint4));
+      b[step][0] = loaded.x;
+      b[step][1] = loaded.y;
+      b[step + 1][0] = loaded.z;
+      b[step + 1][1] = loaded.w;
+    }
+  }
 }
 
 /// The products of a chunk and all slots.
@@ -205,46 +227,35 @@ __device__ __forceinline__ void multiply_slots(const SlotOperands<kBlock>& slots
                                                uint32_t num_slots, const char* inputs,
                                                const SharedMemory& shared) {
   using Operands = SlotOperands<kBlock>;
-  constexpr int kSteps = Operands::kSteps;
+  constexpr int kSteps = Operands::kSteps, kStepsAtOnce = kSteps > 4 ? 2 : kSteps;
   const int lane = threadIdx.x % kWarpSize, m = lane / 4, q = lane % 4;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    uint32_t b[2][kSteps][2];
+    float* products = products_of(shared, num_slots, half) + m * kHalfWords + 4 * q;
+    float d[Operands::kTiles][2][4] = {};
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if constexpr (kBlock == 16) {
-        const uint2 loaded =
-            *reinterpret_cast<const uint2*>(inputs + ((2 * half + j) * kWarpSize + lane) * 8);
-        b[j][0][0] = loaded.x;
-        b[j][0][1] = loaded.y;
-      } else {
+    for (int first = 0; first < kSteps; first += kStepsAtOnce) {
+      uint32_t b[2][kStepsAtOnce][2];
 #pragma unroll
-        for (int step = 0; step < kSteps; step += 2) {
-          const int row = (2 * half + j) * (kSteps / 2) + step / 2;
-          const uint4 loaded =
-              *reinterpret_cast<const uint4*>(inputs + (row * kWarpSize + lane) * 16);
-          b[j][step][0] = loaded.x;
-          b[j][step][1] = loaded.y;
-          b[j][step + 1][0] = loaded.z;
-          b[j][step + 1][1] = loaded.w;
+      for (int j = 0; j < 2; ++j) {
+        load_operands<kBlock>(inputs, 2 * half + j, first, lane, b[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < Operands::kTiles; ++i) {
+        const int tile = Operands::tile(i);
+        if (static_cast<uint32_t>(tile * kTile) >= num_slots) break;
+#pragma unroll
+        for (int step = 0; step < kStepsAtOnce; ++step) {
+          multiply_add_k16<Number>(d[i][0], slots.words[i][first + step], b[0][step]);
+          multiply_add_k16<Number>(d[i][1], slots.words[i][first + step], b[1][step]);
         }
+        if (first + kStepsAtOnce < kSteps) continue;
+        float* to = products + tile * kTile * kHalfWords;
+        *reinterpret_cast<float4*>(to) =
+            make_float4(d[i][0][0], d[i][0][1], d[i][1][0], d[i][1][1]);
+        *reinterpret_cast<float4*>(to + 8 * kHalfWords) =
+            make_float4(d[i][0][2], d[i][0][3], d[i][1][2], d[i][1][3]);
       }
-    }
-    float* products = products_of(shared, num_slots, half);
-#pragma unroll
-    for (int i = 0; i < Operands::kTiles; ++i) {
-      const int tile = Operands::tile(i);
-      if (static_cast<uint32_t>(tile * kTile) >= num_slots) break;
-      float d[2][4] = {};
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        multiply_add_k16<Number>(d[0], slots.words[i][step], b[0][step]);
-        multiply_add_k16<Number>(d[1], slots.words[i][step], b[1][step]);
-      }
-      float* to = products + (tile * kTile + m) * kHalfWords + 4 * q;
-      *reinterpret_cast<float4*>(to) = make_float4(d[0][0], d[0][1], d[1][0], d[1][1]);
-      *reinterpret_cast<float4*>(to + 8 * kHalfWords) =
-          make_float4(d[0][2], d[0][3], d[1][2], d[1][3]);
     }
   }
 }
@@ -402,7 +413,7 @@ __global__ void __launch_bounds__(kThreads, 2) slot_products_kernel(const Argume
     __syncthreads();
     int buffer = 0;
     stage_inputs<kBlock, kBatch>(args, blocks, begin, shared.inputs);
-    slots.load(args.weight, base, blocks.begin, blocks.end);
+    slots.load(args.weight, opaque(base), blocks.begin, blocks.end);
 #pragma unroll 1
     for (int first = begin; first < end; first += Lane::kBlocks) {
       const char* inputs = shared.inputs + buffer * input_bytes(kBlock);
