@@ -451,27 +451,26 @@ __global__ void __launch_bounds__(kThreads, 2) slot_products_kernel(const Argume
   const bool last_part = task.part == args.plan.num_parts - 1;
 #pragma unroll 1
   for (int piece = 0; piece < (last_part ? 3 : 1); ++piece) {
+    const Task piece_task = task_of(args, opaque(blockIdx.x));
     const ColumnBlocks blocks = piece == 0 ? args.whole : args.partial[piece - 1];
     const int per_part = args.plan.chunks_per_part * Lane::kBlocks;
-    const int begin = piece == 0 ? task.part * per_part : 0;
+    const int begin = piece == 0 ? piece_task.part * per_part : 0;
     const int end = piece == 0 && !last_part ? begin + per_part : blocks.count;
     if (begin >= end) continue;
+    const auto buffer_of = [&](int chunk) {
+      return shared.inputs + chunk / Lane::kBlocks % 2 * input_bytes(kBlock);
+    };
     __syncthreads();
-    int buffer = 0;
-    stage_inputs<kBlock, kBatch>(args, blocks, begin, shared.inputs);
-    const uint32_t row = task_of(args, opaque(blockIdx.x)).logical_row(args);
-    slots.load(args.weight, window_base(row, hash), blocks.begin, blocks.end);
+    stage_inputs<kBlock, kBatch>(args, blocks, begin, buffer_of(begin));
+    slots.load(args.weight, window_base(piece_task.logical_row(args), hash), blocks.begin,
+               blocks.end);
 #pragma unroll 1
     for (int first = begin; first < end; first += Lane::kBlocks) {
-      const char* inputs = shared.inputs + buffer * input_bytes(kBlock);
-      buffer ^= 1;
+      const int next = first + Lane::kBlocks;
       copy_async_wait<0>();
       __syncthreads();
-      if (first + Lane::kBlocks < end) {
-        stage_inputs<kBlock, kBatch>(args, blocks, first + Lane::kBlocks,
-                                     shared.inputs + buffer * input_bytes(kBlock));
-      }
-      multiply_slots<Number, kBlock>(slots, hash.draw_slots, inputs, shared);
+      if (next < end) stage_inputs<kBlock, kBatch>(args, blocks, next, buffer_of(next));
+      multiply_slots<Number, kBlock>(slots, hash.draw_slots, buffer_of(first), shared);
       __syncthreads();
       const int block = first + Lane::block();
       // The products of blocks that are not the layer's may be NaN.
