@@ -58,6 +58,13 @@ __device__ __forceinline__ void unpack(uint32_t packed, float& low, float& high)
   }
 }
 
+/// `x`, of which the compiler knows nothing: what follows from it is computed where it is used,
+/// rather than kept in registers over a loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 /// a b + c in one instruction, where the compiler would shift the wide product that `a` is the high
 /// half of.
 __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {

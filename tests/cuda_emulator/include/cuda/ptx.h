@@ -58,6 +58,8 @@ void unpack(uint32_t packed, float& low, float& high) {
   high = from_bits<Number>(packed >> 16);
 }
 
+inline uint32_t opaque(uint32_t x) { return x; }
+
 inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
 
 /// With the error of the instruction: 2^-11 of the result.
