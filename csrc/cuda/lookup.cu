@@ -80,6 +80,10 @@ std::string why_not_lookup(const VirtualWeight& weight, int64_t cols) {
          " with a network of " + network;
 }
 
+std::string why_not_mode(const std::string& mode) {
+  return mode == "max" ? "mode 'max' has no kernel here, backend 'triton' has one" : "";
+}
+
 void embedding(const Lookup& lookup, void* output, cudaStream_t stream) {
   with_kernel(lookup.weight, [&]<class Number, class Shape>(Number, auto columns, Shape) {
     constexpr int kColumns = columns;

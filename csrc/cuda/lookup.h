@@ -14,6 +14,8 @@ namespace hfh::cuda {
 
 /// Why the kernels here cannot run; empty where they can.
 std::string why_not_lookup(const VirtualWeight& weight, int64_t cols);
+/// The same of what bags do with their rows: "sum", "mean" or "max".
+std::string why_not_mode(const std::string& mode);
 
 /// int32 or int64 numbers.
 struct Integers {
@@ -73,11 +75,11 @@ struct Total {
 
 /// How lookup_backward is launched; fixed for a device and shapes, and with it the order in which
 /// it adds up.
-struct BackwardPlan {
+struct LookupPlan {
   unsigned blocks;
   int run;  // neighbouring entries that a team of lanes adds up
 };
-BackwardPlan plan_backward(const Lookup& lookup);
+LookupPlan plan_lookup_backward(const Lookup& lookup);
 
 struct LookupGradients {
   Total pool;
@@ -88,7 +90,7 @@ struct LookupGradients {
 
 /// Adds to the gradients. Entry i's is share[i] (null for 1) times row grad_row[i] (-1 for none) of
 /// grad, in pool's dtype. Entries of one index should be neighbours: the fewer sums there are.
-void lookup_backward(const Lookup& lookup, const BackwardPlan& plan, const void* grad,
+void lookup_backward(const Lookup& lookup, const LookupPlan& plan, const void* grad,
                      const int64_t* grad_row, const float* share,
                      const LookupGradients& gradients, cudaStream_t stream);
 

@@ -262,8 +262,8 @@ Layout layout_of(const Lookup& lookup, std::initializer_list<const void*> matric
 
 }  // namespace
 
-BackwardPlan plan_backward(const Lookup& lookup) {
-  BackwardPlan plan{};
+LookupPlan plan_lookup_backward(const Lookup& lookup) {
+  LookupPlan plan{};
   with_kernel(lookup.weight, [&]<class Number, class Shape>(Number, auto columns, Shape) {
     const Layout layout = layout_of<Number, columns, Shape>(lookup, {});
     constexpr int kWarps = kLookupThreads / kWarpSize;
@@ -278,7 +278,7 @@ BackwardPlan plan_backward(const Lookup& lookup) {
   return plan;
 }
 
-void lookup_backward(const Lookup& lookup, const BackwardPlan& plan, const void* grad,
+void lookup_backward(const Lookup& lookup, const LookupPlan& plan, const void* grad,
                      const int64_t* grad_row, const float* share,
                      const LookupGradients& gradients, cudaStream_t stream) {
   with_kernel(lookup.weight, [&]<class Number, class Shape>(Number, auto columns, Shape) {
