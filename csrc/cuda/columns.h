@@ -116,7 +116,8 @@ struct Rows {
       if (has(col)) write_word(to, columns.words[0]);
     } else if (aligned) {
       const uint32_t* v = columns.words;
-      if (has(col)) store_streaming(reinterpret_cast<uint4*>(to), make_uint4(v[0], v[1], v[2], v[3]));
+      if (has(col))
+        store_streaming(reinterpret_cast<uint4*>(to), make_uint4(v[0], v[1], v[2], v[3]));
     } else {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {

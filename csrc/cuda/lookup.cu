@@ -1,6 +1,5 @@
-#include "cuda/lookup.h"
-
 #include "cuda/bags.h"
+#include "cuda/lookup.h"
 #include "cuda/rows.h"
 
 // hfh::embedding and hfh::embedding_bag, forward.
@@ -69,15 +68,7 @@ std::string why_not_lookup(const VirtualWeight& weight, int64_t cols) {
     return "rows have at most " + std::to_string(kMaxCols) + " columns, received " +
            std::to_string(cols);
   }
-  if (with_shape(weight, [](auto) {})) return "";
-  const ReconstructParams& g = weight.reconstruct;
-  std::string network = "depth " + std::to_string(g.depth);
-  if (g.depth > 1) {
-    network += " and width " + std::to_string(g.width) + ", " +
-               (g.activation == Activation::kTanh ? "tanh" : "relu");
-  }
-  return "no kernel is compiled for num_hashes " + std::to_string(weight.hash.num_hashes) +
-         " with a network of " + network;
+  return why_not_shape(weight);
 }
 
 std::string why_not_mode(const std::string& mode) {

@@ -41,8 +41,7 @@ template <class Maker, int kColumns>
 __device__ __forceinline__ void make_backward(const Maker& maker,
                                               const uint32_t (&draws)[Maker::kHashes], int col,
                                               int cols, bool aligned,
-                                              const float (&gradient)[kColumns],
-                                              const Total& pool,
+                                              const float (&gradient)[kColumns], const Total& pool,
                                               float (&grad_theta)[Maker::kThetaSize]) {
   constexpr int kHashes = Maker::kHashes;
   constexpr int kPart = kColumns < kScattered ? kColumns : kScattered;
@@ -95,7 +94,8 @@ __device__ __forceinline__ void sum_over_block(const float (&terms)[kSize], floa
   for (int i = 0; i < kSize; ++i) {
     float sum = terms[i];
 #pragma unroll
-    for (int step = kWarpSize / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+    for (int step = kWarpSize / 2; step > 0; step /= 2)
+      sum += __shfl_xor_sync(kFullWarp, sum, step);
     if (lane == 0) of_warps[warp * kSize + i] = sum;
   }
   __syncthreads();
@@ -272,15 +272,15 @@ LookupPlan plan_lookup_backward(const Lookup& lookup) {
     // Short runs where there is not enough for everybody.
     plan.run = static_cast<int>(
         std::clamp<int64_t>(lookup.num_entries / std::max<int64_t>(1, teams), 1, kLongestRun));
-    plan.blocks = lookup_blocks(layout, (lookup.num_entries + plan.run - 1) / plan.run,
-                                kBlocksAProcessor);
+    plan.blocks =
+        lookup_blocks(layout, (lookup.num_entries + plan.run - 1) / plan.run, kBlocksAProcessor);
   });
   return plan;
 }
 
 void lookup_backward(const Lookup& lookup, const LookupPlan& plan, const void* grad,
-                     const int64_t* grad_row, const float* share,
-                     const LookupGradients& gradients, cudaStream_t stream) {
+                     const int64_t* grad_row, const float* share, const LookupGradients& gradients,
+                     cudaStream_t stream) {
   with_kernel(lookup.weight, [&]<class Number, class Shape>(Number, auto columns, Shape) {
     constexpr int kColumns = columns;
     using Maker = RowMaker<Number, kColumns, Shape>;

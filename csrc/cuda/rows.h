@@ -30,8 +30,8 @@ Layout make_layout(const Lookup& lookup, std::initializer_list<const void*> matr
   constexpr unsigned kShared = kSharing * kColumns;
   Layout layout{};
   unsigned lead = lookup.weight.col_offset % kShared;
-  layout.shares_draws = kSharing > 1 && lookup.weight.hash.block() >= kShared &&
-                        lanes_for(lead) > kSharing / 2;
+  layout.shares_draws =
+      kSharing > 1 && lookup.weight.hash.block() >= kShared && lanes_for(lead) > kSharing / 2;
   if (!layout.shares_draws) lead = lookup.weight.col_offset % kColumns;
   layout.lead = static_cast<int>(lead);
   const unsigned lanes = std::min<unsigned>(std::bit_ceil(lanes_for(lead)), kWarpSize);
@@ -110,8 +110,7 @@ __device__ __forceinline__ Rank look_up(const Lookup& lookup, int64_t index, boo
 template <class Number, int kColumns, class Shape>
 struct RowMaker {
   static constexpr int kHashes = Shape::kHashesBound;
-  static constexpr int kThetaSize =
-      theta_size(Shape::num_hashes(), Shape::depth(), Shape::width());
+  static constexpr int kThetaSize = theta_size(Shape::num_hashes(), Shape::depth(), Shape::width());
   /// Lanes that share draws; each makes one of them.
   static constexpr int kSharing = static_cast<int>(std::bit_ceil(static_cast<unsigned>(kHashes)));
 

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <string>
+
 #include "cuda/ptx.h"
 #include "cuda/weight.h"
 
@@ -43,11 +45,19 @@ bool with_shape(const VirtualWeight& weight, const F& f) {
   try_shape(FixedShape<2, 1, 1, Activation::kReLU>(weight));
   try_shape(FixedShape<4, 1, 1, Activation::kReLU>(weight));
   try_shape(FixedShape<8, 1, 1, Activation::kReLU>(weight));
-  try_shape(FixedShape<2, 2, 4, Activation::kReLU>(weight));
   try_shape(FixedShape<4, 2, 4, Activation::kReLU>(weight));
   try_shape(FixedShape<4, 2, 4, Activation::kTanh>(weight));
   try_shape(FixedShape<4, 2, 8, Activation::kReLU>(weight));
   return found;
+}
+
+/// Why with_shape finds nothing; empty where it finds.
+inline std::string why_not_shape(const VirtualWeight& weight) {
+  if (with_shape(weight, [](auto) {})) return "";
+  const ReconstructParams& g = weight.reconstruct;
+  return "it has no kernel for num_hashes " + std::to_string(weight.hash.num_hashes) + ", depth " +
+         std::to_string(g.depth) + ", width " + std::to_string(g.width) + ", " +
+         (g.activation == Activation::kTanh ? "tanh" : "relu");
 }
 
 }  // namespace hfh::cuda
