@@ -13,7 +13,7 @@ constexpr int kBlocksAProcessor = 64;
 constexpr int64_t kMaxCols = (int64_t{1} << 31) - (1 << 16);
 
 template <class Number, int kColumns, class Shape>
-__global__ __launch_bounds__(kLookupThreads) void embedding_kernel(Lookup lookup, Layout layout,
+__global__ __launch_bounds__(kLookupThreads, 4) void embedding_kernel(Lookup lookup, Layout layout,
                                                                    Rows<const Number> dense,
                                                                    Rows<Number> output) {
   const RowMaker<Number, kColumns, Shape> maker(lookup.weight, layout);
@@ -29,10 +29,10 @@ __global__ __launch_bounds__(kLookupThreads) void embedding_kernel(Lookup lookup
 }
 
 template <class Number, int kColumns, class Shape>
-__global__ __launch_bounds__(kLookupThreads) void embedding_bag_kernel(Lookup lookup, Bags bags,
-                                                                       Layout layout,
-                                                                       Rows<const Number> dense,
-                                                                       Rows<Number> output) {
+__global__ __launch_bounds__(kLookupThreads, 1) void embedding_bag_kernel(Lookup lookup, Bags bags,
+                                                                          Layout layout,
+                                                                          Rows<const Number> dense,
+                                                                          Rows<Number> output) {
   const RowMaker<Number, kColumns, Shape> maker(lookup.weight, layout);
   for (Walk walk(layout, bags.count); walk.goes_on(); walk.step()) {
     const int64_t bag = walk.row();

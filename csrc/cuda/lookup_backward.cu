@@ -11,7 +11,7 @@ namespace {
 // Each has a row of theta's partial gradients.
 constexpr int kBlocksAProcessor = 16;
 // Entries of one index that a team adds up at most; one more scatter for so many is little.
-constexpr int kLongestRun = 64;
+constexpr int kLongestRun = 32;
 // Elements that one operation adds to.
 constexpr int kScattered = 4;
 
@@ -134,7 +134,7 @@ struct EntryReader {
 };
 
 template <class Number, int kColumns, class Shape>
-__global__ __launch_bounds__(kLookupThreads) void lookup_backward_kernel(
+__global__ __launch_bounds__(kLookupThreads, 1) void lookup_backward_kernel(
     Lookup lookup, Layout layout, int run, Rows<const Number> grad, const int64_t* grad_row,
     const float* share, LookupGradients gradients) {
   using Maker = RowMaker<Number, kColumns, Shape>;
@@ -193,7 +193,7 @@ __global__ __launch_bounds__(kLookupThreads) void lookup_backward_kernel(
 }
 
 template <class Number, int kColumns, class Shape>
-__global__ __launch_bounds__(kLookupThreads) void factor_gradients_kernel(
+__global__ __launch_bounds__(kLookupThreads, 1) void factor_gradients_kernel(
     Lookup lookup, Layout layout, Rows<const Number> dense, const int64_t* bag_of_entry,
     Rows<const Number> grad, Rows<Number> grad_factors) {
   const RowMaker<Number, kColumns, Shape> maker(lookup.weight, layout);
@@ -230,9 +230,9 @@ __global__ __launch_bounds__(kLookupThreads) void factor_gradients_kernel(
 
 /// A warp a bag.
 template <class Number>
-__global__ __launch_bounds__(kLookupThreads) void shares_of_bags_kernel(Lookup lookup, Bags bags,
-                                                                        int64_t* bag_of_entry,
-                                                                        float* share) {
+__global__ __launch_bounds__(kLookupThreads, 1) void shares_of_bags_kernel(Lookup lookup, Bags bags,
+                                                                           int64_t* bag_of_entry,
+                                                                           float* share) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t warps = int64_t{gridDim.x} * (kLookupThreads / kWarpSize);
   const int64_t warp = (int64_t{blockIdx.x} * kLookupThreads + threadIdx.x) / kWarpSize;
