@@ -95,6 +95,21 @@ SWEEP = [
         for i, lookup in enumerate(TABLES)
         for mode, weighted in MODES
     ],
+    # A block a bag.
+    *[
+        dataclasses.replace(
+            BAGS,
+            name=f"long bags, {mode}, {weighted=}, {dtype}, {dim} columns",
+            mode=mode,
+            weighted=weighted,
+            dtype=dtype,
+            embedding_dim=dim,
+            bag_sizes=(0, 41, 3, 70),
+        )
+        for (mode, weighted), dtype, dim in zip(
+            MODES, (FLOAT32, BFLOAT16, FLOAT16), (300, 70, 16), strict=True
+        )
+    ],
 ]
 each_lookup = pytest.mark.parametrize("lookup", SWEEP, ids=lambda lookup: lookup.name)
 
@@ -158,9 +173,9 @@ def test_deterministic_lookup(lookup: Lookup, poisoned_memory: None) -> None:
 def hot(dtype: torch.dtype, mode: str | None = None, **changes: Any) -> tuple[Lookup, Tensor]:
     """A look-up, one row of which is in half of the entries, the others falling off; and those."""
     generator = torch.Generator().manual_seed(0)
-    size = 2000
+    size = 5000
     lookup = dataclasses.replace(
-        EVERYTHING, dtype=dtype, shape=(size,), embedding_dim=64, mode=mode, bag_sizes=(25,) * 80,
+        EVERYTHING, dtype=dtype, shape=(size,), embedding_dim=64, mode=mode, bag_sizes=(25,) * 200,
         dense_rows=3, **changes,
     )  # fmt: skip
     tail = torch.rand(size, generator=generator).pow(4).mul(lookup.num_embeddings).long()

@@ -14,10 +14,10 @@ constexpr int64_t kMaxCols = (int64_t{1} << 31) - (1 << 16);
 
 template <class Number, int kColumns, class Shape>
 __global__ __launch_bounds__(kLookupThreads, 4) void embedding_kernel(Lookup lookup, Layout layout,
-                                                                   Rows<const Number> dense,
-                                                                   Rows<Number> output) {
+                                                                      Rows<const Number> dense,
+                                                                      Rows<Number> output) {
   const RowMaker<Number, kColumns, Shape> maker(lookup.weight, layout);
-  for (Walk walk(layout, lookup.num_entries); walk.goes_on(); walk.step()) {
+  for (Walk walk(layout, lookup.num_entries, Worker::warp()); walk.goes_on(); walk.step()) {
     const int64_t entry = walk.row();
     const int col = walk.col<kColumns>();
     const bool inside = entry < lookup.num_entries;
@@ -28,37 +28,76 @@ __global__ __launch_bounds__(kLookupThreads, 4) void embedding_kernel(Lookup loo
   }
 }
 
-template <class Number, int kColumns, class Shape>
+/// What a lane has added up of a bag.
+template <int kColumns>
+struct Partial {
+  float sum[kColumns];
+  int used;  // entries that are no padding
+};
+
+/// Adds the parts of a block's warps, for its first warp.
+template <int kColumns>
+__device__ __forceinline__ void add_parts(Partial<kColumns>& partial) {
+  auto* parts = reinterpret_cast<Partial<kColumns>*>(shared_memory());
+  parts[threadIdx.x] = partial;
+  __syncthreads();
+  if (threadIdx.x < kWarpSize) {
+    for (int part = 1; part < kLookupWarps; ++part) {
+      const Partial<kColumns>& other = parts[part * kWarpSize + threadIdx.x];
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) partial.sum[j] += other.sum[j];
+      partial.used += other.used;
+    }
+  }
+  __syncthreads();
+}
+
+/// A team sums a bag, or with kSplit the teams of a block's warps, each some of the entries.
+template <bool kSplit, class Number, int kColumns, class Shape>
 __global__ __launch_bounds__(kLookupThreads, 1) void embedding_bag_kernel(Lookup lookup, Bags bags,
                                                                           Layout layout,
                                                                           Rows<const Number> dense,
                                                                           Rows<Number> output) {
   const RowMaker<Number, kColumns, Shape> maker(lookup.weight, layout);
-  for (Walk walk(layout, bags.count); walk.goes_on(); walk.step()) {
+  const int part = kSplit ? static_cast<int>(threadIdx.x) / kWarpSize : 0;
+  constexpr int kParts = kSplit ? kLookupWarps : 1;
+  for (Walk walk(layout, bags.count, kSplit ? Worker::block() : Worker::warp()); walk.goes_on();
+       walk.step()) {
     const int64_t bag = walk.row();
     const int col = walk.col<kColumns>();
     const EntryRange range = entries_of(bags, bag, lookup.num_entries);
-    float sum[kColumns] = {};
-    int64_t used = 0;
-    int64_t index = range.begin < range.end ? lookup.indices[range.begin] : 0;
-    for (int64_t entry = range.begin; __any_sync(kFullWarp, entry < range.end); ++entry) {
+    const auto index_of = [&](int64_t i) { return i < range.end ? lookup.indices[i] : 0; };
+    Partial<kColumns> partial{};
+    int64_t index = index_of(range.begin + part);
+    for (int64_t entry = range.begin + part; __any_sync(kFullWarp, entry < range.end);
+         entry += kParts) {
       const Rank rank = look_up(lookup, index, entry < range.end);
       // Ahead of time: the next row waits for it.
-      index = entry + 1 < range.end ? lookup.indices[entry + 1] : 0;
+      index = index_of(entry + kParts);
       float row[kColumns];
       make_row(maker, dense, lookup.num_dense, rank, col, row);
       if (!rank.exists) continue;
       const float factor = factor_of<Number>(bags, entry);
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) sum[j] = fmaf(factor, row[j], sum[j]);
-      ++used;
+      for (int j = 0; j < kColumns; ++j) partial.sum[j] = fmaf(factor, row[j], partial.sum[j]);
+      ++partial.used;
     }
-    if (bags.is_mean && used > 1) {
+    if constexpr (kSplit) add_parts(partial);
+    if (bags.is_mean && partial.used > 1) {
 #pragma unroll
-      for (float& x : sum) x /= static_cast<float>(used);
+      for (float& x : partial.sum) x /= static_cast<float>(partial.used);
     }
-    if (bag < bags.count) output.write(bag, col, Columns<Number, kColumns>::pack_from(sum));
+    if (part == 0 && bag < bags.count) {
+      output.write(bag, col, Columns<Number, kColumns>::pack_from(partial.sum));
+    }
   }
+}
+
+/// Whether there are too few bags to keep the device busy with a warp each.
+bool should_split(const Lookup& lookup, const Bags& bags, const Layout& layout) {
+  constexpr int64_t kBusyWarps = 16, kLongBag = 16;
+  return num_steps(layout, bags.count) < kBusyWarps * current_device().processors &&
+         lookup.num_entries >= kLongBag * bags.count;
 }
 
 }  // namespace
@@ -94,10 +133,18 @@ void embedding_bag(const Lookup& lookup, const Bags& bags, void* output, cudaStr
     using Maker = RowMaker<Number, kColumns, Shape>;
     const Layout layout =
         make_layout<Number, kColumns, Maker::kSharing>(lookup, {output, lookup.dense});
-    launch("embedding_bag", embedding_bag_kernel<Number, kColumns, Shape>,
-           {lookup_blocks(layout, bags.count, kBlocksAProcessor), kLookupThreads}, stream, lookup,
-           bags, layout, dense_rows<Number>(lookup, layout),
-           Rows<Number>{static_cast<Number*>(output), lookup.cols, layout.aligned});
+    const auto run = [&]<bool kSplit>(std::bool_constant<kSplit>, unsigned blocks) {
+      const size_t shared = kSplit ? kLookupThreads * sizeof(Partial<kColumns>) : 0;
+      launch("embedding_bag", embedding_bag_kernel<kSplit, Number, kColumns, Shape>,
+             {blocks, kLookupThreads, shared}, stream, lookup, bags, layout,
+             dense_rows<Number>(lookup, layout),
+             Rows<Number>{static_cast<Number*>(output), lookup.cols, layout.aligned});
+    };
+    if (should_split(lookup, bags, layout)) {
+      run(std::true_type{}, static_cast<unsigned>(num_steps(layout, bags.count)));
+    } else {
+      run(std::false_type{}, lookup_blocks(layout, bags.count, kBlocksAProcessor));
+    }
   });
 }
 

@@ -88,8 +88,9 @@ struct LookupGradients {
                  // with the scale folded in
 };
 
-/// Adds to the gradients. Entry i's is share[i] (null for 1) times row grad_row[i] (-1 for none) of
-/// grad, in pool's dtype. Entries of one index should be neighbours: the fewer sums there are.
+/// Adds to the gradients. Entry i's is share[i] (null for 1) times row grad_row[i] (-1 for none;
+/// null for i) of grad, in pool's dtype. Entries of one index should be neighbours: the fewer sums
+/// there are.
 void lookup_backward(const Lookup& lookup, const LookupPlan& plan, const void* grad,
                      const int64_t* grad_row, const float* share, const LookupGradients& gradients,
                      cudaStream_t stream);

@@ -101,7 +101,7 @@ __device__ __forceinline__ void sum_over_block(const float (&terms)[kSize], floa
   __syncthreads();
   for (int i = threadIdx.x; i < kSize; i += kLookupThreads) {
     float sum = 0.0f;
-    for (int w = 0; w < kLookupThreads / kWarpSize; ++w) sum += of_warps[w * kSize + i];
+    for (int w = 0; w < kLookupWarps; ++w) sum += of_warps[w * kSize + i];
     sums[i] = sum;
   }
 }
@@ -123,8 +123,9 @@ struct EntryReader {
   __device__ __forceinline__ Entry entry(int64_t i, int64_t end) const {
     if (i >= end) return {-1, -1, 0.0f};
     const int64_t index = lookup.indices[i];
-    const int64_t row = index == lookup.padding_idx ? -1 : __ldg(grad_row + i);
-    return {index, row, share == nullptr ? 1.0f : __ldg(share + i)};
+    const int64_t row = grad_row == nullptr ? i : __ldg(grad_row + i);
+    return {index, index == lookup.padding_idx ? -1 : row,
+            share == nullptr ? 1.0f : __ldg(share + i)};
   }
 
   __device__ __forceinline__ Columns<Number, kColumns> gradient(const Entry& of, int col) const {
@@ -142,7 +143,7 @@ __global__ __launch_bounds__(kLookupThreads, 1) void lookup_backward_kernel(
   const EntryReader<Number, kColumns> reader{lookup, grad, grad_row, share};
   float grad_theta[Maker::kThetaSize] = {};
   const int64_t num_runs = (lookup.num_entries + run - 1) / run;
-  for (Walk walk(layout, num_runs); walk.goes_on(); walk.step()) {
+  for (Walk walk(layout, num_runs, Worker::warp()); walk.goes_on(); walk.step()) {
     const int col = walk.col<kColumns>();
     const int64_t begin = walk.row() * run;
     const int64_t end = min(begin + run, lookup.num_entries);
@@ -200,7 +201,7 @@ __global__ __launch_bounds__(kLookupThreads, 1) void factor_gradients_kernel(
   // All of a row belongs to one team: its stretches are added up one after another.
   Layout whole = layout;
   whole.stretches = 1;
-  for (Walk walk(whole, lookup.num_entries); walk.goes_on(); walk.step()) {
+  for (Walk walk(whole, lookup.num_entries, Worker::warp()); walk.goes_on(); walk.step()) {
     const int64_t entry = walk.row();
     const bool inside = entry < lookup.num_entries;
     const int64_t bag = inside ? __ldg(bag_of_entry + entry) : -1;
@@ -234,7 +235,7 @@ __global__ __launch_bounds__(kLookupThreads, 1) void shares_of_bags_kernel(Looku
                                                                            int64_t* bag_of_entry,
                                                                            float* share) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t warps = int64_t{gridDim.x} * (kLookupThreads / kWarpSize);
+  const int64_t warps = int64_t{gridDim.x} * kLookupWarps;
   const int64_t warp = (int64_t{blockIdx.x} * kLookupThreads + threadIdx.x) / kWarpSize;
   for (int64_t bag = warp; bag < bags.count; bag += warps) {
     const EntryRange range = entries_of(bags, bag, lookup.num_entries);
@@ -266,8 +267,7 @@ LookupPlan plan_lookup_backward(const Lookup& lookup) {
   LookupPlan plan{};
   with_kernel(lookup.weight, [&]<class Number, class Shape>(Number, auto columns, Shape) {
     const Layout layout = layout_of<Number, columns, Shape>(lookup, {});
-    constexpr int kWarps = kLookupThreads / kWarpSize;
-    const int64_t warps = int64_t{kBlocksAProcessor} * current_device().processors * kWarps;
+    const int64_t warps = int64_t{kBlocksAProcessor} * current_device().processors * kLookupWarps;
     const int64_t teams = (warps << (5 - layout.log2_lanes)) / layout.stretches;
     // Short runs where there is not enough for everybody.
     plan.run = static_cast<int>(
@@ -285,7 +285,7 @@ void lookup_backward(const Lookup& lookup, const LookupPlan& plan, const void* g
     constexpr int kColumns = columns;
     using Maker = RowMaker<Number, kColumns, Shape>;
     const Layout layout = layout_of<Number, kColumns, Shape>(lookup, {grad});
-    const size_t shared = kLookupThreads / kWarpSize * Maker::kThetaSize * sizeof(float);
+    const size_t shared = kLookupWarps * Maker::kThetaSize * sizeof(float);
     launch("lookup_backward", lookup_backward_kernel<Number, kColumns, Shape>,
            {plan.blocks, kLookupThreads, shared}, stream, lookup, layout, plan.run,
            Rows<const Number>{static_cast<const Number*>(grad), lookup.cols, layout.aligned},
@@ -296,9 +296,9 @@ void lookup_backward(const Lookup& lookup, const LookupPlan& plan, const void* g
 void shares_of_bags(const Lookup& lookup, const Bags& bags, int64_t* bag_of_entry, float* share,
                     cudaStream_t stream) {
   with_kernel(lookup.weight, [&]<class Number, class Shape>(Number, auto, Shape) {
-    constexpr int kWarps = kLookupThreads / kWarpSize;
     constexpr int64_t kMostBlocks = 1 << 16;
-    const auto blocks = std::clamp<int64_t>((bags.count + kWarps - 1) / kWarps, 1, kMostBlocks);
+    const auto blocks =
+        std::clamp<int64_t>((bags.count + kLookupWarps - 1) / kLookupWarps, 1, kMostBlocks);
     launch("shares_of_bags", shares_of_bags_kernel<Number>,
            {static_cast<unsigned>(blocks), kLookupThreads}, stream, lookup, bags, bag_of_entry,
            share);

@@ -44,21 +44,31 @@ Layout make_layout(const Lookup& lookup, std::initializer_list<const void*> matr
   return layout;
 }
 
-/// Takes a warp through the stretches of `count` rows, as many rows at a time as it has teams.
+/// Which of the grid's workers, warps or blocks, a thread is in.
+struct Worker {
+  unsigned index, count;
+
+  __device__ __forceinline__ static Worker warp() {
+    const unsigned warps = blockDim.x / kWarpSize;
+    return {blockIdx.x * warps + threadIdx.x / kWarpSize, gridDim.x * warps};
+  }
+  __device__ __forceinline__ static Worker block() { return {blockIdx.x, gridDim.x}; }
+};
+
+/// Takes a worker through the stretches of `count` rows, as many rows at a time as a warp has
+/// teams.
 class Walk {
  public:
-  __device__ __forceinline__ Walk(const Layout& layout, int64_t count)
+  __device__ __forceinline__ Walk(const Layout& layout, int64_t count, Worker worker)
       : layout_(layout), count_(count) {
-    const unsigned warps = gridDim.x * (blockDim.x / kWarpSize);
-    const unsigned warp = (blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize;
     const unsigned stretches = static_cast<unsigned>(layout.stretches);
-    rows_a_step_ = static_cast<int64_t>(warps / stretches) * teams();
-    stretches_a_step_ = warps % stretches;
-    first_row_ = static_cast<int64_t>(warp / stretches) * teams();
-    stretch_ = warp % stretches;
+    rows_a_step_ = static_cast<int64_t>(worker.count / stretches) * teams();
+    stretches_a_step_ = worker.count % stretches;
+    first_row_ = static_cast<int64_t>(worker.index / stretches) * teams();
+    stretch_ = worker.index % stretches;
   }
 
-  /// The same for all lanes of a warp.
+  /// The same for all lanes of the worker.
   __device__ __forceinline__ bool goes_on() const { return first_row_ < count_; }
   __device__ __forceinline__ void step() {
     first_row_ += rows_a_step_;
@@ -220,15 +230,20 @@ __device__ __forceinline__ void make_row(const Maker& maker, const Rows<const Nu
 }
 
 inline constexpr int kLookupThreads = 128;
+inline constexpr int kLookupWarps = kLookupThreads / kWarpSize;
+
+/// Steps of a Walk through `rows` together.
+inline int64_t num_steps(const Layout& layout, int64_t rows) {
+  const int64_t teams = kWarpSize >> layout.log2_lanes;
+  return (rows + teams - 1) / teams * layout.stretches;
+}
 
 /// As many blocks as have a warp each for the stretches of `rows`, but no more than several times
 /// what runs at once: g's parameters are then loaded for many rows.
 inline unsigned lookup_blocks(const Layout& layout, int64_t rows, int blocks_a_processor) {
-  const int64_t teams = kWarpSize >> layout.log2_lanes;
-  const int64_t warps = (rows + teams - 1) / teams * layout.stretches;
-  constexpr int64_t kWarps = kLookupThreads / kWarpSize;
   const int64_t most = int64_t{blocks_a_processor} * current_device().processors;
-  return static_cast<unsigned>(std::clamp<int64_t>((warps + kWarps - 1) / kWarps, 1, most));
+  const int64_t blocks = (num_steps(layout, rows) + kLookupWarps - 1) / kLookupWarps;
+  return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, most));
 }
 
 template <class Number>

@@ -15,6 +15,9 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Of fewer, so few can be of one index that sorting takes longer than their additions.
+constexpr int64_t kEntriesToSort = 4096;
+
 /// For the kernels' 16-byte accesses.
 at::Tensor aligned(const at::Tensor& pool) {
   const at::Tensor contiguous = pool.contiguous();
@@ -117,22 +120,25 @@ Gradients gradients_of(const CheckedLookup& checked, const at::Tensor& grad,
     return {at::zeros_like(pool), at::zeros_like(theta), at::zeros_like(dense)};
   }
   cuda::Lookup lookup = checked.lookup;
-  at::Tensor keys = checked.indices();
-  if (keys.scalar_type() == at::kLong && lookup.num_embeddings <= INT32_MAX) {
-    // Half the digits to sort by. What is out of range stays so.
-    keys = keys.clamp(-1, lookup.num_embeddings).to(at::kInt);
+  const int64_t num_entries = lookup.num_entries;
+  at::Tensor sorted, rows = row_of_entry, shares = share;
+  if (num_entries >= kEntriesToSort) {
+    at::Tensor keys = checked.indices();
+    if (keys.scalar_type() == at::kLong && lookup.num_embeddings <= INT32_MAX) {
+      // Half the digits to sort by. What is out of range stays so.
+      keys = keys.clamp(-1, lookup.num_embeddings).to(at::kInt);
+    }
+    at::Tensor order;
+    std::tie(sorted, order) = at::sort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    lookup.indices = integers(sorted);
+    rows = rows.defined() ? rows.index_select(0, order) : order;
+    if (shares.defined()) shares = shares.index_select(0, order);
   }
-  const auto [sorted, order] = at::sort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  lookup.indices = integers(sorted);
-  const auto in_order = [&](const at::Tensor& tensor) { return tensor.index_select(0, order); };
-  const at::Tensor rows = row_of_entry.defined() ? in_order(row_of_entry) : order;
-  const at::Tensor shares = share.defined() ? in_order(share) : share;
 
   const auto largest = [&] {
     const at::Tensor of_grad = grad.abs().max().to(at::kFloat);
     return share.defined() ? of_grad * share.abs().max() : of_grad;
   };
-  const int64_t num_entries = lookup.num_entries;
   const int64_t num_terms = num_entries * lookup.cols * lookup.weight.hash.num_hashes;
   const GradientSum of_pool(pool, num_terms,
                             [&] { return largest() * slope_bound(theta, checked.args); });
@@ -142,7 +148,8 @@ Gradients gradients_of(const CheckedLookup& checked, const at::Tensor& grad,
   const at::Tensor of_theta =
       at::empty({plan.blocks, theta_size(lookup.weight.hash.num_hashes, g.depth, g.width)},
                 pool.options().dtype(at::kFloat));
-  cuda::lookup_backward(lookup, plan, grad.const_data_ptr(), rows.const_data_ptr<int64_t>(),
+  cuda::lookup_backward(lookup, plan, grad.const_data_ptr(),
+                        rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr,
                         shares.defined() ? shares.const_data_ptr<float>() : nullptr,
                         {{of_pool.sum(), of_pool.units()},
                          {of_dense.sum(), of_dense.units()},
