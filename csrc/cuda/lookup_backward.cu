@@ -10,6 +10,8 @@ namespace {
 
 // Each has a row of theta's partial gradients.
 constexpr int kBlocksAProcessor = 16;
+// Of a processor; registers allow about as many.
+constexpr int kWarpsAtOnce = 16;
 // Entries of one index that a team adds up at most; one more scatter for so many is little.
 constexpr int kLongestRun = 32;
 // Elements that one operation adds to.
@@ -267,11 +269,10 @@ LookupPlan plan_lookup_backward(const Lookup& lookup) {
   LookupPlan plan{};
   with_kernel(lookup.weight, [&]<class Number, class Shape>(Number, auto columns, Shape) {
     const Layout layout = layout_of<Number, columns, Shape>(lookup, {});
-    const int64_t warps = int64_t{kBlocksAProcessor} * current_device().processors * kLookupWarps;
-    const int64_t teams = (warps << (5 - layout.log2_lanes)) / layout.stretches;
+    const int64_t warps = int64_t{kWarpsAtOnce} * current_device().processors;
     // Short runs where there is not enough for everybody.
     plan.run = static_cast<int>(
-        std::clamp<int64_t>(lookup.num_entries / std::max<int64_t>(1, teams), 1, kLongestRun));
+        std::clamp<int64_t>(num_steps(layout, lookup.num_entries) / warps, 1, kLongestRun));
     plan.blocks =
         lookup_blocks(layout, (lookup.num_entries + plan.run - 1) / plan.run, kBlocksAProcessor);
   });

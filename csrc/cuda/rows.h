@@ -74,8 +74,9 @@ class Walk {
     first_row_ += rows_a_step_;
     stretch_ += stretches_a_step_;
     if (stretch_ >= static_cast<unsigned>(layout_.stretches)) {
+      // Rows of several stretches have all of a warp.
       stretch_ -= layout_.stretches;
-      first_row_ += teams();
+      ++first_row_;
     }
   }
 

@@ -16,7 +16,7 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Of fewer, so few can be of one index that sorting takes longer than their additions.
-constexpr int64_t kEntriesToSort = 4096;
+constexpr int64_t kEntriesToSort = 8192;
 
 /// For the kernels' 16-byte accesses.
 at::Tensor aligned(const at::Tensor& pool) {
