@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cstdint>
 
 #include "hfh/params.h"
@@ -141,6 +142,17 @@ __device__ __forceinline__ void add_vector(float* to, float4 value) {
   atomicAdd(to + 2, value.z);
   atomicAdd(to + 3, value.w);
 #endif
+}
+
+/// Writes what nobody reads soon, so that it leaves the caches first.
+__device__ __forceinline__ void store_streaming(uint4* to, uint4 value) { __stcs(to, value); }
+
+/// Reads what nobody reads again.
+__device__ __forceinline__ uint4 load_streaming(const uint4* from) { return __ldcs(from); }
+
+/// Fails the kernel with `message` unless `condition`, also where NDEBUG turns assert off.
+__device__ __forceinline__ void device_assert(bool condition, const char* message) {
+  if (!condition) __assert_fail(message, __FILE__, __LINE__, __func__);
 }
 
 /// Starts to copy 16 bytes, both ends aligned to 16, past the registers and the first-level cache.

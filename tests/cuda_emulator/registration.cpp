@@ -21,4 +21,8 @@ TORCH_LIBRARY_IMPL(hfh, CPU, m) {
   m.impl("linear", TORCH_FN(ops::linear));
   m.impl("linear_backward_input", TORCH_FN(ops::linear_backward_input));
   m.impl("materialize", TORCH_FN(ops::materialize));
+  m.impl("embedding", TORCH_FN(ops::embedding));
+  m.impl("embedding_backward", TORCH_FN(ops::embedding_backward));
+  m.impl("embedding_bag", TORCH_FN(ops::embedding_bag));
+  m.impl("embedding_bag_backward", TORCH_FN(ops::embedding_bag_backward));
 }

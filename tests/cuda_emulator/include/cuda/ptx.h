@@ -98,6 +98,21 @@ inline void add_vector(float* to, float4 value) {
   to[3] += value.w;
 }
 
+inline void store_streaming(uint4* to, uint4 value) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) cuda_emulator::fail("store_streaming: misaligned");
+  *to = value;
+}
+inline uint4 load_streaming(const uint4* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    cuda_emulator::fail("load_streaming: misaligned");
+  }
+  return *from;
+}
+
+inline void device_assert(bool condition, const char* message) {
+  if (!condition) cuda_emulator::fail(message);
+}
+
 inline void copy_async16(void* shared, const void* global) {
   cuda_emulator::copy_async(shared, global);
 }
