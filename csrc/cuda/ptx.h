@@ -119,6 +119,37 @@ __device__ __forceinline__ void add_vector(float* to, float4 value) {
 #endif
 }
 
+/// Adds `factor` times four floats to shared memory, or returns false where another thread has just
+/// added to them; `to` is aligned to 16 bytes. No instruction adds floats in shared memory, but
+/// Hopper's compare 16 bytes and swap them at once.
+__device__ __forceinline__ bool try_add_shared_vector(float* to, float4 value, float factor) {
+#if __CUDA_ARCH__ >= 900
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const float4 seen = *reinterpret_cast<const float4*>(to);
+  const float4 sum{fmaf(value.x, factor, seen.x), fmaf(value.y, factor, seen.y),
+                   fmaf(value.z, factor, seen.z), fmaf(value.w, factor, seen.w)};
+  uint4 found;
+  asm volatile(
+      "{.reg .b64 l, h; .reg .b128 seen, sum, found;"
+      "mov.b64 l, {%5, %6}; mov.b64 h, {%7, %8}; mov.b128 seen, {l, h};"
+      "mov.b64 l, {%9, %10}; mov.b64 h, {%11, %12}; mov.b128 sum, {l, h};"
+      "atom.relaxed.cta.shared.cas.b128 found, [%4], seen, sum;"
+      "mov.b128 {l, h}, found; mov.b64 {%0, %1}, l; mov.b64 {%2, %3}, h;}"
+      : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+      : "r"(address), "f"(seen.x), "f"(seen.y), "f"(seen.z), "f"(seen.w), "f"(sum.x), "f"(sum.y),
+        "f"(sum.z), "f"(sum.w)
+      : "memory");
+  return ((found.x ^ __float_as_uint(seen.x)) | (found.y ^ __float_as_uint(seen.y)) |
+          (found.z ^ __float_as_uint(seen.z)) | (found.w ^ __float_as_uint(seen.w))) == 0;
+#else
+  atomicAdd(to, value.x * factor);
+  atomicAdd(to + 1, value.y * factor);
+  atomicAdd(to + 2, value.z * factor);
+  atomicAdd(to + 3, value.w * factor);
+  return true;
+#endif
+}
+
 /// Starts to copy 16 bytes, both ends aligned to 16, past the registers and the first-level cache.
 __device__ __forceinline__ void copy_async16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
