@@ -14,7 +14,11 @@ struct NoWarnings : c10::WarningHandler {
 
 }  // namespace
 
+namespace cuda_ops = hfh::torch_ops::cuda_ops;
+
 TORCH_LIBRARY_IMPL(hfh, CPU, m) {
   NoWarnings no_warnings;
   const c10::WarningUtils::WarningHandlerGuard guard(&no_warnings);
+  m.impl("materialize_backward", TORCH_FN(cuda_ops::materialize_backward));
+  m.impl("linear_backward_weight", TORCH_FN(cuda_ops::linear_backward_weight));
 }
