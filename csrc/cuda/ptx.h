@@ -124,23 +124,22 @@ __device__ __forceinline__ void add_vector(float* to, float4 value) {
 /// Hopper's compare 16 bytes and swap them at once.
 __device__ __forceinline__ bool try_add_shared_vector(float* to, float4 value, float factor) {
 #if __CUDA_ARCH__ >= 900
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  const float4 seen = *reinterpret_cast<const float4*>(to);
-  const float4 sum{fmaf(value.x, factor, seen.x), fmaf(value.y, factor, seen.y),
-                   fmaf(value.z, factor, seen.z), fmaf(value.w, factor, seen.w)};
-  uint4 found;
+  uint32_t failed;
   asm volatile(
-      "{.reg .b64 l, h; .reg .b128 seen, sum, found;"
-      "mov.b64 l, {%5, %6}; mov.b64 h, {%7, %8}; mov.b128 seen, {l, h};"
-      "mov.b64 l, {%9, %10}; mov.b64 h, {%11, %12}; mov.b128 sum, {l, h};"
-      "atom.relaxed.cta.shared.cas.b128 found, [%4], seen, sum;"
-      "mov.b128 {l, h}, found; mov.b64 {%0, %1}, l; mov.b64 {%2, %3}, h;}"
-      : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
-      : "r"(address), "f"(seen.x), "f"(seen.y), "f"(seen.z), "f"(seen.w), "f"(sum.x), "f"(sum.y),
-        "f"(sum.z), "f"(sum.w)
+      "{.reg .b128 seen, sum, found; .reg .b64 l, h, fl, fh; .reg .f32 x, y, z, w; .reg .pred p;"
+      "ld.shared.v2.b64 {l, h}, [%1]; mov.b128 seen, {l, h};"
+      "mov.b64 {x, y}, l; mov.b64 {z, w}, h;"
+      "fma.rn.f32 x, %2, %6, x; fma.rn.f32 y, %3, %6, y;"
+      "fma.rn.f32 z, %4, %6, z; fma.rn.f32 w, %5, %6, w;"
+      "mov.b64 fl, {x, y}; mov.b64 fh, {z, w}; mov.b128 sum, {fl, fh};"
+      "atom.relaxed.cta.shared.cas.b128 found, [%1], seen, sum;"
+      "mov.b128 {fl, fh}, found; xor.b64 fl, fl, l; xor.b64 fh, fh, h; or.b64 fl, fl, fh;"
+      "setp.ne.b64 p, fl, 0; selp.u32 %0, 1, 0, p;}"
+      : "=r"(failed)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "f"(value.x), "f"(value.y),
+        "f"(value.z), "f"(value.w), "f"(factor)
       : "memory");
-  return ((found.x ^ __float_as_uint(seen.x)) | (found.y ^ __float_as_uint(seen.y)) |
-          (found.z ^ __float_as_uint(seen.z)) | (found.w ^ __float_as_uint(seen.w))) == 0;
+  return failed == 0;
 #else
   atomicAdd(to, value.x * factor);
   atomicAdd(to + 1, value.y * factor);

@@ -39,13 +39,13 @@ static_assert(kQuad * kQuadsOfLane == 1 << 3);
 /// Whether lanes take quads of blocks, or a column each.
 HFH_HOST_DEVICE constexpr bool takes_quads(int log2_block) { return log2_block >= 2; }
 
-/// Threads of a block, which has a processor for itself: g's parameters, their gradients and the
-/// elements of four columns are in registers.
+/// Threads of a block, which has a processor for itself: as many as have registers for g's
+/// parameters and their gradients, and for a quad's elements, their gradients and places.
 template <class Shape>
 constexpr int num_threads() {
-  const int numbers = 2 * theta_size(Shape::num_hashes(), Shape::depth(), Shape::width()) +
-                      kQuad * Shape::num_hashes();
-  return numbers <= 32 ? 512 : numbers <= 80 ? 384 : 256;
+  const int registers = 2 * theta_size(Shape::num_hashes(), Shape::depth(), Shape::width()) +
+                        3 * kQuad * Shape::num_hashes();
+  return registers < 58 ? 512 : registers < 100 ? 384 : 256;
 }
 
 /// Rows that share a window, or all where a window of its own is nothing that the sums need.
@@ -72,9 +72,15 @@ struct RowGroups {
   }
 };
 
-template <class F>
+/// Any dtype, which the kernel branches on.
+struct AnyNumber {};
+
+/// Calls f(number) with a number of the dtype; `Known` is that of the number where it is not any.
+template <class Known, class F>
 __device__ __forceinline__ void with_number(DType dtype, const F& f) {
-  if (dtype == DType::kBFloat16) {
+  if constexpr (!std::is_same_v<Known, AnyNumber>) {
+    f(Known{});
+  } else if (dtype == DType::kBFloat16) {
     f(BFloat16{});
   } else if (dtype == DType::kFloat16) {
     f(Float16{});
@@ -83,22 +89,20 @@ __device__ __forceinline__ void with_number(DType dtype, const F& f) {
   }
 }
 
-/// Four numbers, aligned to their size; `sign` is 0, or bit 31 to negate them.
+/// Four numbers, aligned to their size together.
 template <class Number>
-__device__ __forceinline__ void load_quad(const void* data, int64_t index, uint32_t sign,
-                                          float (&x)[kQuad]) {
+__device__ __forceinline__ void load_quad(const void* data, int64_t index, float (&x)[kQuad]) {
   const auto* numbers = static_cast<const Number*>(data) + index;
   if constexpr (sizeof(Number) == 2) {
     const uint2 packed = __ldg(reinterpret_cast<const uint2*>(numbers));
-    const uint32_t signs = sign | sign >> 16;
-    unpack<Number>(packed.x ^ signs, x[0], x[1]);
-    unpack<Number>(packed.y ^ signs, x[2], x[3]);
+    unpack<Number>(packed.x, x[0], x[1]);
+    unpack<Number>(packed.y, x[2], x[3]);
   } else {
-    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(numbers));
-    x[0] = __uint_as_float(bits.x ^ sign);
-    x[1] = __uint_as_float(bits.y ^ sign);
-    x[2] = __uint_as_float(bits.z ^ sign);
-    x[3] = __uint_as_float(bits.w ^ sign);
+    const float4 values = __ldg(reinterpret_cast<const float4*>(numbers));
+    x[0] = values.x;
+    x[1] = values.y;
+    x[2] = values.z;
+    x[3] = values.w;
   }
 }
 
@@ -114,8 +118,6 @@ __device__ __forceinline__ float load_one(const void* data, int64_t index) {
   }
 }
 
-constexpr uint32_t kSign = 0x80000000u;
-
 __device__ __forceinline__ float signed_by(float x, uint32_t sign) {
   return __uint_as_float(__float_as_uint(x) ^ sign);
 }
@@ -128,11 +130,13 @@ __device__ __forceinline__ float factor_of(uint32_t sign) {
 /// Where the elements of a weight, or of a block's first, are.
 template <int kHashes>
 struct Places {
-  uint32_t pool[kHashes];    // offsets, with the signs in bit 31: a pool is smaller
+  uint32_t pool[kHashes];    // offsets
+  uint32_t sign[kHashes];    // bit 31 set: enters negated
   uint32_t window[kHashes];  // with Sums::kShared: offsets in the window
 };
 
-template <class Shape, Sums kSums>
+/// One lane's work. `Number` is the dtype of both the weight's gradient and the pool, or AnyNumber.
+template <class Shape, Sums kSums, class Number>
 class Lane {
  public:
   __device__ __forceinline__ Lane(const Arguments& args, float* window)
@@ -151,8 +155,10 @@ class Lane {
       grad_theta_[i] = 0.0f;
     }
     const WeightGradient& gradient = args.gradient;
-    aligned_ = (args.weight.col_offset | gradient.row_stride) % kQuad == 0 &&
-               reinterpret_cast<uintptr_t>(gradient.data) % 16 == 0;
+    const bool aligned = (args.weight.col_offset | gradient.row_stride) % kQuad == 0 &&
+                         reinterpret_cast<uintptr_t>(gradient.data) % 16 == 0;
+    const int cols = static_cast<int>(gradient.cols);
+    quads_end_ = aligned ? static_cast<unsigned>(max(cols - kQuad + 1, 0)) : 0;
   }
 
   __device__ __forceinline__ void select_row(int row) {
@@ -174,11 +180,10 @@ class Lane {
     const int col = (block << hash_.log2_block) - lead;
     int inner = kQuad * in_block_;
 #pragma unroll 1
-    for (int quad = 0; quad < kQuadsOfLane; ++quad, inner += kQuad * lanes_) {
-      if (inner < static_cast<int>(hash_.block())) {
-        take_quad(places, static_cast<uint32_t>(inner), col + inner);
-      }
-    }
+    do {
+      take_quad(places, static_cast<uint32_t>(inner), col + inner);
+      inner += kQuad * lanes_;
+    } while (inner < static_cast<int>(hash_.block()));
   }
 
   /// A column for each lane.
@@ -222,7 +227,8 @@ class Lane {
   __device__ __forceinline__ void draw_place(uint32_t key, uint32_t hash_lane,
                                              Places<kHashes>& places, int u) const {
     const Draw<uint32_t> drawn = draw(key, hash_lane, base_, hash_);
-    places.pool[u] = drawn.slot << hash_.log2_block | drawn.sign;
+    places.pool[u] = drawn.slot << hash_.log2_block;
+    places.sign[u] = drawn.sign;
     if constexpr (kSums == Sums::kShared) {
       const uint32_t slot = drawn.slot - base_;
       places.window[u] = min(slot, slot + hash_.num_slots) << hash_.log2_block;
@@ -240,10 +246,15 @@ class Lane {
     }
     Places<kHashes> drawn;
     draw_place(key, own_hash_, drawn, 0);
+    // A pool has less than 2^31 elements.
+    constexpr uint32_t kSign = 0x80000000u;
+    const uint32_t packed = drawn.pool[0] | drawn.sign[0];
 #pragma unroll
     for (int u = 0; u < kHashes; ++u) {
       const int from = lane_ - in_block_ + u;
-      places.pool[u] = __shfl_sync(kFullWarp, drawn.pool[0], from);
+      const uint32_t received = __shfl_sync(kFullWarp, packed, from);
+      places.pool[u] = received & ~kSign;
+      places.sign[u] = received & kSign;
       if constexpr (kSums == Sums::kShared) {
         places.window[u] = __shfl_sync(kFullWarp, drawn.window[0], from);
       }
@@ -251,11 +262,11 @@ class Lane {
     return places;
   }
 
-  /// Four columns, of which some or all may lie outside of the gradient.
+  /// Four columns; where they cannot be loaded at once, those that are part of the gradient.
   __device__ __forceinline__ void take_quad(const Places<kHashes>& places, uint32_t inner,
                                             int col) {
     const WeightGradient& given = args_.gradient;
-    if (col < 0 || col + kQuad > given.cols) {
+    if (static_cast<unsigned>(col) >= quads_end_) {
 #pragma unroll 1
       for (int c = 0; c < kQuad; ++c) {
         if (col + c >= 0 && col + c < given.cols) take_column(places, inner + c, col + c);
@@ -263,27 +274,19 @@ class Lane {
       return;
     }
     float gradient[kQuad], elements[kHashes][kQuad], grad_elements[kQuad][kHashes];
-    with_number(given.dtype, [&](auto number) {
-      using Number = decltype(number);
-      if (aligned_) {
-        load_quad<Number>(row_, col, 0, gradient);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kQuad; ++c) gradient[c] = load_one<Number>(row_, col + c);
-      }
-    });
-    with_number(args_.weight.pool_dtype, [&](auto number) {
+    with_number<Number>(given.dtype,
+                        [&](auto number) { load_quad<decltype(number)>(row_, col, gradient); });
+    with_number<Number>(args_.weight.pool_dtype, [&](auto number) {
 #pragma unroll
       for (int u = 0; u < kHashes; ++u) {
-        load_quad<decltype(number)>(args_.weight.pool, (places.pool[u] & ~kSign) + inner,
-                                    places.pool[u] & kSign, elements[u]);
+        load_quad<decltype(number)>(args_.weight.pool, places.pool[u] + inner, elements[u]);
       }
     });
 #pragma unroll
     for (int c = 0; c < kQuad; ++c) {
       float column[kHashes];
 #pragma unroll
-      for (int u = 0; u < kHashes; ++u) column[u] = elements[u][c];
+      for (int u = 0; u < kHashes; ++u) column[u] = signed_by(elements[u][c], places.sign[u]);
       reconstruct_backward(shape_, theta_, column, gradient[c], grad_theta_, grad_elements[c]);
     }
     if constexpr (kSums == Sums::kShared) {
@@ -291,8 +294,7 @@ class Lane {
     } else {
 #pragma unroll
       for (int u = 0; u < kHashes; ++u) {
-        const uint32_t sign = places.pool[u] & kSign;
-        const uint32_t first = (places.pool[u] & ~kSign) + inner;
+        const uint32_t sign = places.sign[u], first = places.pool[u] + inner;
         if constexpr (kSums == Sums::kGlobal) {
           add_vector(args_.sums.pool + first,
                      {signed_by(grad_elements[0][u], sign), signed_by(grad_elements[1][u], sign),
@@ -327,32 +329,32 @@ class Lane {
                                           const float (&values)[kQuad][kHashes], int u) {
     return try_add_shared_vector(window_ + places.window[u] + inner,
                                  {values[0][u], values[1][u], values[2][u], values[3][u]},
-                                 factor_of(places.pool[u] & kSign));
+                                 factor_of(places.sign[u]));
   }
 
   /// One column, number `inner` of its block.
   __device__ __forceinline__ void take_column(const Places<kHashes>& places, uint32_t inner,
                                               int col) {
     float elements[kHashes], gradient, grad_elements[kHashes];
-    with_number(args_.weight.pool_dtype, [&](auto number) {
+    with_number<Number>(args_.weight.pool_dtype, [&](auto number) {
 #pragma unroll
       for (int u = 0; u < kHashes; ++u) {
-        elements[u] = signed_by(
-            load_one<decltype(number)>(args_.weight.pool, (places.pool[u] & ~kSign) + inner),
-            places.pool[u] & kSign);
+        elements[u] =
+            signed_by(load_one<decltype(number)>(args_.weight.pool, places.pool[u] + inner),
+                      places.sign[u]);
       }
     });
-    with_number(args_.gradient.dtype, [&](auto number) {
+    with_number<Number>(args_.gradient.dtype, [&](auto number) {
       gradient = load_one<decltype(number)>(row_, col);
     });
     reconstruct_backward(shape_, theta_, elements, gradient, grad_theta_, grad_elements);
 #pragma unroll
     for (int u = 0; u < kHashes; ++u) {
-      const float value = signed_by(grad_elements[u], places.pool[u] & kSign);
+      const float value = signed_by(grad_elements[u], places.sign[u]);
       if constexpr (kSums == Sums::kShared) {
         atomicAdd(window_ + places.window[u] + inner, value);
       } else {
-        add_global((places.pool[u] & ~kSign) + inner, value);
+        add_global(places.pool[u] + inner, value);
       }
     }
   }
@@ -374,7 +376,7 @@ class Lane {
   const int lane_, lanes_, in_block_;
   const uint32_t own_hash_;
   float theta_[kTheta], grad_theta_[kTheta];
-  bool aligned_;
+  unsigned quads_end_;  // columns from here on begin no whole quad
   uint32_t key_, base_;
   const char* row_;
 };
@@ -405,7 +407,7 @@ __device__ __forceinline__ void flush_window(const HashParams& hash, const float
   __syncthreads();
 }
 
-template <class Shape, Sums kSums>
+template <class Shape, Sums kSums, class Number>
 __global__ void __launch_bounds__(num_threads<Shape>(), 1)
     weight_backward_kernel(const __grid_constant__ Arguments args) {
   const HashParams& hash = args.weight.hash;
@@ -417,7 +419,7 @@ __global__ void __launch_bounds__(num_threads<Shape>(), 1)
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 
-  Lane<Shape, kSums> lane(args, window);
+  Lane<Shape, kSums, Number> lane(args, window);
   for (int task = static_cast<int>(blockIdx.x); task < args.plan.tasks; task += static_cast<int>(gridDim.x)) {
     const int group = task / args.plan.shares;
     const int share = task % args.plan.shares;
@@ -523,11 +525,23 @@ void weight_backward(const DeviceWeight& weight, const WeightGradient& gradient,
                      const PoolGradient& sums, const BackwardPlan& plan, cudaStream_t stream) {
   const Grid grid{plan.blocks, plan.threads, plan.shared_bytes};
   const Arguments args{weight, gradient, sums, plan};
+  const bool bfloat16 =
+      gradient.dtype == DType::kBFloat16 && weight.pool_dtype == DType::kBFloat16;
   with_shape(weight, [&]<class Shape>(const Shape&) {
-    const auto kernel = plan.shares_window           ? weight_backward_kernel<Shape, Sums::kShared>
-                        : sums.pool_units != nullptr ? weight_backward_kernel<Shape, Sums::kUnits>
-                                                     : weight_backward_kernel<Shape, Sums::kGlobal>;
-    launch("weight_backward", kernel, grid, stream, args);
+    const auto run = [&]<Sums kSums>() {
+      launch("weight_backward",
+             bfloat16 ? weight_backward_kernel<Shape, kSums, BFloat16>
+                      : weight_backward_kernel<Shape, kSums, AnyNumber>,
+             grid, stream, args);
+    };
+    if (plan.shares_window) {
+      run.template operator()<Sums::kShared>();
+    } else if (sums.pool_units == nullptr) {
+      run.template operator()<Sums::kGlobal>();
+    } else {
+      launch("weight_backward", weight_backward_kernel<Shape, Sums::kUnits, AnyNumber>, grid,
+             stream, args);
+    }
   });
 }
 

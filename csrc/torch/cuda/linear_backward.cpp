@@ -25,8 +25,8 @@ void check_can_run(const CheckedDeviceWeight& weight) {
 }
 
 /// The rows behind the last of each panel, which ends with a window where it has room for one.
-std::vector<int64_t> panel_ends(const CheckedDeviceWeight& weight, int64_t element_size) {
-  const int64_t at_most = std::max<int64_t>(1, kPanelBytes / (weight.cols() * element_size));
+std::vector<int64_t> panel_ends(const CheckedDeviceWeight& weight, int64_t row_bytes) {
+  const int64_t at_most = std::max<int64_t>(1, kPanelBytes / row_bytes);
   const int64_t window_rows = std::max<int64_t>(1, weight.get().hash.rows_per_window);
   const int64_t offset = weight.get().row_offset;
   std::vector<int64_t> ends;
@@ -95,15 +95,17 @@ std::tuple<at::Tensor, at::Tensor> linear_backward_weight(const at::Tensor& grad
     };
     return longest_column(grads) * longest_column(inputs);
   };
-  const std::vector<int64_t> ends = panel_ends(weight, input.element_size());
+  // Rows begin where they can be read, and written, 16 bytes at once.
+  const int64_t row_stride = (weight.cols() + 7) / 8 * 8;
+  const std::vector<int64_t> ends = panel_ends(weight, row_stride * input.element_size());
   GradientSums sums(weight, pool, theta, static_cast<int64_t>(ends.size()), weight_bound);
   at::Tensor workspace;
   int64_t row = 0;
   for (const int64_t end : ends) {
     if (!workspace.defined() || workspace.size(0) < end - row) {
-      workspace = at::empty({end - row, weight.cols()}, inputs.options());
+      workspace = at::empty({end - row, row_stride}, inputs.options());
     }
-    at::Tensor panel = workspace.narrow(0, 0, end - row);
+    at::Tensor panel = workspace.narrow(0, 0, end - row).narrow(1, 0, weight.cols());
     at::mm_out(panel, grads.narrow(1, row, end - row).t(), inputs);
     sums.add(panel, row, scope.stream());
     row = end;
