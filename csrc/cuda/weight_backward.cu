@@ -1,9 +1,8 @@
-#include "cuda/weight_backward.h"
-
 #include <algorithm>
 #include <type_traits>
 
 #include "cuda/scalar.h"
+#include "cuda/weight_backward.h"
 
 // A lane takes neighbouring columns of one row and one hash block, four at a time: it loads the
 // elements again, goes back through g, keeps theta's gradient in registers for all that it does,
@@ -339,14 +338,12 @@ class Lane {
     with_number<Number>(args_.weight.pool_dtype, [&](auto number) {
 #pragma unroll
       for (int u = 0; u < kHashes; ++u) {
-        elements[u] =
-            signed_by(load_one<decltype(number)>(args_.weight.pool, places.pool[u] + inner),
-                      places.sign[u]);
+        elements[u] = signed_by(
+            load_one<decltype(number)>(args_.weight.pool, places.pool[u] + inner), places.sign[u]);
       }
     });
-    with_number<Number>(args_.gradient.dtype, [&](auto number) {
-      gradient = load_one<decltype(number)>(row_, col);
-    });
+    with_number<Number>(args_.gradient.dtype,
+                        [&](auto number) { gradient = load_one<decltype(number)>(row_, col); });
     reconstruct_backward(shape_, theta_, elements, gradient, grad_theta_, grad_elements);
 #pragma unroll
     for (int u = 0; u < kHashes; ++u) {
@@ -420,7 +417,8 @@ __global__ void __launch_bounds__(num_threads<Shape>(), 1)
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 
   Lane<Shape, kSums, Number> lane(args, window);
-  for (int task = static_cast<int>(blockIdx.x); task < args.plan.tasks; task += static_cast<int>(gridDim.x)) {
+  for (int task = static_cast<int>(blockIdx.x); task < args.plan.tasks;
+       task += static_cast<int>(gridDim.x)) {
     const int group = task / args.plan.shares;
     const int share = task % args.plan.shares;
     const int begin = groups.begin(group, args.gradient.rows);
@@ -494,17 +492,15 @@ BackwardPlan plan_weight_backward(const DeviceWeight& weight, const WeightGradie
 
   const size_t window_bytes = (size_t{hash.draw_slots} << hash.log2_block) * sizeof(float);
   plan.shares_window = !in_units && window_bytes <= device.shared_bytes;
-  const size_t theta_bytes = warps * sizeof(float) *
-                             theta_size(hash.num_hashes, weight.reconstruct.depth,
-                                        weight.reconstruct.width);
+  const size_t theta_bytes =
+      warps * sizeof(float) *
+      theta_size(hash.num_hashes, weight.reconstruct.depth, weight.reconstruct.width);
   plan.shared_bytes = std::max(plan.shares_window ? window_bytes : 0, theta_bytes);
 
-  const int64_t windows =
-      RowGroups(weight, gradient, plan.shares_window).count(gradient.rows);
+  const int64_t windows = RowGroups(weight, gradient, plan.shares_window).count(gradient.rows);
   const double rows_cost =
       static_cast<double>(gradient.rows) * static_cast<double>(gradient.cols) / windows;
-  const double window_cost =
-      plan.shares_window ? kFlushCost * window_bytes / sizeof(float) : 0.0;
+  const double window_cost = plan.shares_window ? kFlushCost * window_bytes / sizeof(float) : 0.0;
   plan.shares = best_shares(windows, rows_cost, window_cost, device.processors);
   plan.tasks = windows * plan.shares;
   plan.blocks = static_cast<unsigned>(std::min<int64_t>(plan.tasks, device.processors));
@@ -525,8 +521,7 @@ void weight_backward(const DeviceWeight& weight, const WeightGradient& gradient,
                      const PoolGradient& sums, const BackwardPlan& plan, cudaStream_t stream) {
   const Grid grid{plan.blocks, plan.threads, plan.shared_bytes};
   const Arguments args{weight, gradient, sums, plan};
-  const bool bfloat16 =
-      gradient.dtype == DType::kBFloat16 && weight.pool_dtype == DType::kBFloat16;
+  const bool bfloat16 = gradient.dtype == DType::kBFloat16 && weight.pool_dtype == DType::kBFloat16;
   with_shape(weight, [&]<class Shape>(const Shape&) {
     const auto run = [&]<Sums kSums>() {
       launch("weight_backward",

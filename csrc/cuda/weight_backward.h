@@ -30,16 +30,16 @@ struct PoolGradient {
   float* theta;                    // [blocks, theta_size], written and not added to
 };
 
-/// How a launch divides the work. A task is a share of a window's rows, or of all rows; a warp takes
-/// a part of a row at a time, which is a number of strips of columns.
+/// How a launch divides the work. A task is a share of a window's rows, or of all rows; a warp
+/// takes a part of a row at a time, which is a number of strips of columns.
 struct BackwardPlan {
   unsigned blocks;
   int threads;
   size_t shared_bytes;
   bool shares_window;  // sums for a window, or for the whole pool, are in shared memory first
   int tasks;
-  int shares;          // tasks of a window
-  int strips;          // of a row
+  int shares;  // tasks of a window
+  int strips;  // of a row
   int strips_of_part;
 };
 

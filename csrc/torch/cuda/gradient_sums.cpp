@@ -14,7 +14,8 @@ namespace {
 
 /// At most how much a weight changes with an element: the activations' slopes are at most 1.
 at::Tensor slope(const cuda::DeviceWeight& weight, const at::Tensor& theta) {
-  if (theta.numel() == 0) return at::full({}, std::fabs(weight.scale), theta.options().dtype(at::kFloat));
+  if (theta.numel() == 0)
+    return at::full({}, std::fabs(weight.scale), theta.options().dtype(at::kFloat));
   const int64_t hashes = weight.hash.num_hashes;
   const int64_t depth = weight.reconstruct.depth, width = weight.reconstruct.width;
   const at::Tensor magnitudes = theta.to(at::kFloat).abs();
@@ -40,8 +41,8 @@ PoolSum::PoolSum(const CheckedDeviceWeight& weight, const at::Tensor& pool, cons
   if (!deterministic) return;
   // Twice: products of rounded numbers may exceed that of their bounds by a little.
   bound_ = 2 * weight_bound() * slope(weight.get(), theta);
-  const at::Tensor exponent = 62 - std::bit_width(static_cast<uint64_t>(num_terms)) -
-                              std::get<1>(at::frexp(bound_));
+  const at::Tensor exponent =
+      62 - std::bit_width(static_cast<uint64_t>(num_terms)) - std::get<1>(at::frexp(bound_));
   units_ = at::ldexp(at::ones_like(bound_), exponent.clamp(-120, 120));
 }
 
@@ -67,22 +68,19 @@ GradientSums::GradientSums(const CheckedDeviceWeight& weight, const at::Tensor& 
                            const std::function<at::Tensor()>& weight_bound)
     : weight_(weight),
       device_(cuda::current_device()),
-      pool_(weight, pool, theta,
-            weight.rows() * weight.cols() * weight.get().hash.num_hashes, weight_bound),
-      theta_parts_(at::zeros(
-          {num_stretches, device_.processors,
-           theta_size(weight.get().hash.num_hashes, weight.get().reconstruct.depth,
-                      weight.get().reconstruct.width)},
-          theta.options().dtype(at::kFloat))),
+      pool_(weight, pool, theta, weight.rows() * weight.cols() * weight.get().hash.num_hashes,
+            weight_bound),
+      theta_parts_(
+          at::zeros({num_stretches, device_.processors,
+                     theta_size(weight.get().hash.num_hashes, weight.get().reconstruct.depth,
+                                weight.get().reconstruct.width)},
+                    theta.options().dtype(at::kFloat))),
       theta_(theta) {}
 
 void GradientSums::add(const at::Tensor& gradient, int64_t row, cudaStream_t stream) {
-  const cuda::WeightGradient part{gradient.const_data_ptr(),
-                                  checked_device_dtype(gradient, "grad"),
-                                  gradient.stride(0),
-                                  row,
-                                  gradient.size(0),
-                                  gradient.size(1)};
+  const cuda::WeightGradient part{gradient.const_data_ptr(), checked_device_dtype(gradient, "grad"),
+                                  gradient.stride(0),        row,
+                                  gradient.size(0),          gradient.size(1)};
   cuda::PoolGradient sums = pool_.argument();
   sums.theta = theta_parts_.select(0, stretch_++).mutable_data_ptr<float>();
   const cuda::BackwardPlan plan =
@@ -92,9 +90,9 @@ void GradientSums::add(const at::Tensor& gradient, int64_t row, cudaStream_t str
 
 std::tuple<at::Tensor, at::Tensor> GradientSums::result() const {
   // HashedNets' g has a parameter for the kernels only.
-  const at::Tensor theta =
-      theta_.numel() == 0 ? at::empty_like(theta_)
-                          : theta_parts_.sum(at::IntArrayRef{0, 1}).to(theta_.scalar_type());
+  const at::Tensor theta = theta_.numel() == 0
+                               ? at::empty_like(theta_)
+                               : theta_parts_.sum(at::IntArrayRef{0, 1}).to(theta_.scalar_type());
   return {pool_.result(), theta};
 }
 

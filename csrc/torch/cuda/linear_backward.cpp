@@ -51,8 +51,7 @@ std::tuple<at::Tensor, at::Tensor> materialize_backward(const at::Tensor& grad,
   check_same_device(grad, "grad", pool, "pool");
   checked_device_dtype(grad, "grad");
   const StreamScope scope(pool);
-  const CheckedDeviceWeight weight(pool, theta, grad.size(0), grad.size(1),
-                                   {HFH_WEIGHT_ARGUMENTS});
+  const CheckedDeviceWeight weight(pool, theta, grad.size(0), grad.size(1), {HFH_WEIGHT_ARGUMENTS});
   check_can_run(weight);
   if (grad.numel() == 0) return {at::zeros_like(pool), at::zeros_like(theta)};
   const at::Tensor rows = grad.stride(1) == 1 ? grad : grad.contiguous();
