@@ -1,7 +1,9 @@
 """Which implementation runs.
 
-"cpu" is the compiled extension's, "triton" runs on GPUs, or where TRITON_INTERPRET=1 in Triton's
-interpreter on the CPU, "reference" is plain PyTorch; "auto" takes the first that can run.
+"cpu" is the compiled extension's, "cuda" its kernels on GPUs, "triton" runs on GPUs too, or where
+TRITON_INTERPRET=1 in Triton's interpreter on the CPU, "reference" is plain PyTorch; "auto" takes
+the first that can run. On GPUs it asks for each call whether the "cuda" kernels take it, else it
+is Triton's.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from hfh_kernels import _extension, _triton
 
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float64, torch.int64})
-_TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int64})
+_GPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.int64})
 
 
 def _cpu_reason(tensors: tuple[Tensor, ...]) -> str | None:
@@ -37,6 +39,19 @@ def _cpu_reason(tensors: tuple[Tensor, ...]) -> str | None:
     return None
 
 
+def _cuda_reason(tensors: tuple[Tensor, ...]) -> str | None:
+    if not _extension.available():
+        return f"the compiled extension is not available: {_extension.reason()}"
+    if _extension.build_info()["cuda"] is None:
+        return "the extension was built without it: it needs nvcc and a PyTorch for CUDA"
+    for tensor in tensors:
+        if not tensor.is_cuda:
+            return f"it takes tensors on cuda, received one on {tensor.device}"
+        if tensor.dtype not in _GPU_DTYPES:
+            return f"it does not support {tensor.dtype}"
+    return None
+
+
 def _triton_reason(tensors: tuple[Tensor, ...]) -> str | None:
     if _triton.reason() is not None:
         return _triton.reason()
@@ -46,7 +61,7 @@ def _triton_reason(tensors: tuple[Tensor, ...]) -> str | None:
     for tensor in tensors:
         if tensor.device.type != device_type:
             return f"it takes tensors on {device_type}, received one on {tensor.device}"
-        if tensor.dtype not in _TRITON_DTYPES:
+        if tensor.dtype not in _GPU_DTYPES:
             return f"it does not support {tensor.dtype}"
     return None
 
@@ -57,12 +72,16 @@ def _reference_reason(tensors: tuple[Tensor, ...]) -> str | None:
 
 _REASONS: dict[str, Callable[[tuple[Tensor, ...]], str | None]] = {
     "cpu": _cpu_reason,
+    "cuda": _cuda_reason,
     "triton": _triton_reason,
     "reference": _reference_reason,
 }
 """Each backend's limits, in the order that auto tries them."""
 
 BACKENDS = tuple(_REASONS)
+
+ON_GPUS = ("cuda", "triton")
+"""Those that one operator has on one device."""
 
 
 def can_run(backend: str, *tensors: Tensor) -> str | None:

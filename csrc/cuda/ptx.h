@@ -59,6 +59,14 @@ __device__ __forceinline__ void unpack(uint32_t packed, float& low, float& high)
   }
 }
 
+/// a b + c in one instruction, where the compiler would shift the wide product that `a` is the high
+/// half of.
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 /// tanh to about 11 bits, by the special function unit.
 __device__ __forceinline__ float fast_tanh(float x) {
   float y;
@@ -66,43 +74,52 @@ __device__ __forceinline__ float fast_tanh(float x) {
   return y;
 }
 
-/// d += a b, on matrices spread over the warp: a [16, 16], b [16, 8], d [16, 8]. With
+/// d = a b + c, on matrices spread over the warp: a [16, 16], b [16, 8], c and d [16, 8]. With
 /// m = lane / 4 and q = lane % 4, and pairs packed low first:
 ///   a[0]: row m, columns 2q, 2q+1;  a[1]: row m + 8;  a[2], a[3]: the same, columns + 8
 ///   b[0]: rows 2q, 2q+1 of column m;  b[1]: rows + 8
 ///   d[0], d[1]: row m, columns 2q, 2q+1;  d[2], d[3]: row m + 8
-/// (PTX ISA, "Matrix fragments for mma.m16n8k16").
+/// (PTX ISA, "Matrix fragments for mma.m16n8k16"). `c` are four numbers, laid out as d; c may be d.
 template <class Number>
 __device__ __forceinline__ void multiply_add_k16(float (&d)[4], const uint32_t (&a)[4],
-                                                 const uint32_t (&b)[2]) {
+                                                 const uint32_t (&b)[2], const float* c) {
   if constexpr (Number::kExponentBits == 8) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
   }
 }
 
 /// The same with a [16, 8] (a[0] and a[1] alone) and b [8, 8].
 template <class Number>
-__device__ __forceinline__ void multiply_add_k8(float (&d)[4], const uint32_t (&a)[2],
-                                                const uint32_t (&b)[1]) {
+__device__ __forceinline__ void multiply_add_k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
+                                                const float* c) {
   if constexpr (Number::kExponentBits == 8) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+        "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   } else {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-        "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+        "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
   }
+}
+
+/// d += a b.
+template <class Number>
+__device__ __forceinline__ void multiply_add_k16(float (&d)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+  multiply_add_k16<Number>(d, a, b, d);
 }
 
 /// Adds four floats to global memory, as one operation where the device has it; `to` is aligned to

@@ -56,8 +56,13 @@ constexpr Product<U> wide_multiply(U a, uint32_t b);
 
 template <>
 HFH_HOST_DEVICE constexpr Product<uint32_t> wide_multiply(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  // One instruction. Of the 64-bit product nvcc adds up the halves where `b` is loop-invariant.
+  return {__umulhi(a, b), a * b};
+#else
   const uint64_t product = uint64_t{a} * b;
   return {static_cast<uint32_t>(product >> 32), static_cast<uint32_t>(product)};
+#endif
 }
 
 template <class U>
@@ -66,16 +71,23 @@ struct Draw {
   U sign;  // bit 31 set: the element enters negated; all other bits clear
 };
 
-/// Slot and sign of one hash function. `base` is `window_base` of the row, or of each lane's row.
-template <class U, class Base>
-HFH_HOST_DEVICE constexpr Draw<U> draw(U key, uint32_t lane, Base base, const HashParams& params) {
+/// Slot and sign of one hash function, the slot counted from the window's first.
+template <class U>
+HFH_HOST_DEVICE constexpr Draw<U> draw_in_window(U key, uint32_t lane, const HashParams& params) {
   U hash = key * lane;
   hash ^= hash >> 15;
   hash *= 0x2c1b3c6du;
   const Product<U> product = wide_multiply(hash, params.draw_slots);
+  return {product.high, product.low & 0x80000000u};
+}
+
+/// Slot and sign of one hash function. `base` is `window_base` of the row, or of each lane's row.
+template <class U, class Base>
+HFH_HOST_DEVICE constexpr Draw<U> draw(U key, uint32_t lane, Base base, const HashParams& params) {
+  const Draw<U> drawn = draw_in_window(key, lane, params);
   // base and the draw are both below num_slots < 2^31: the sum cannot wrap.
-  const U slot = product.high + base;
-  return {slot >= params.num_slots ? slot - params.num_slots : slot, product.low & 0x80000000u};
+  const U slot = drawn.slot + base;
+  return {slot >= params.num_slots ? slot - params.num_slots : slot, drawn.sign};
 }
 
 HFH_NAMESPACE_END

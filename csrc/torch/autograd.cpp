@@ -11,7 +11,8 @@ using torch::autograd::variable_list;
 
 c10::IValue pack(HFH_WEIGHT_PARAMETERS) {
   return c10::ivalue::Tuple::create({seed, num_hashes, block, window, rows_per_window, depth, width,
-                                     std::string(activation), scale, row_offset, col_offset});
+                                     std::string(activation), scale, row_offset, col_offset,
+                                     std::string(backend)});
 }
 
 variable_list differentiable_once(variable_list gradients, const variable_list& inputs) {

@@ -26,7 +26,7 @@ auto call_with_weight(const F& f, const c10::IValue& packed, const Args&... args
   const auto w = packed.toTupleRef().elements().asArrayRef();
   return f(args..., w[0].toInt(), w[1].toInt(), w[2].toInt(), w[3].toInt(), w[4].toInt(),
            w[5].toInt(), w[6].toInt(), w[7].toStringRef(), w[8].toDouble(), w[9].toInt(),
-           w[10].toInt());
+           w[10].toInt(), w[11].toStringRef());
 }
 
 /// Where a graph of the backward pass is asked for, makes a second backward an error instead of a

@@ -62,12 +62,16 @@ void check_activation_dtype(const at::Tensor& tensor, const char* name, const at
                    " and ", pool.scalar_type(), " (backend='reference' takes any)");
 }
 
-void check_bias(const at::Tensor& bias, int64_t size, const at::Tensor& input) {
-  check_cpu(bias, "bias");
+void check_bias_shape(const at::Tensor& bias, int64_t size, const at::Tensor& input) {
   TORCH_CHECK_VALUE(bias.dim() == 1 && bias.numel() == size, "bias must have shape [", size,
                     "], received ", bias.sizes());
   TORCH_CHECK_TYPE(bias.scalar_type() == input.scalar_type(), "bias must have input's dtype ",
                    input.scalar_type(), ", received ", bias.scalar_type());
+}
+
+void check_bias(const at::Tensor& bias, int64_t size, const at::Tensor& input) {
+  check_cpu(bias, "bias");
+  check_bias_shape(bias, size, input);
 }
 
 VirtualWeight checked_coordinates(const at::Tensor& pool, const at::Tensor& theta, int64_t rows,

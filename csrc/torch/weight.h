@@ -17,16 +17,17 @@ namespace hfh::torch_ops {
 #define HFH_WEIGHT_PARAMETERS                                                                      \
   int64_t seed, int64_t num_hashes, int64_t block, int64_t window, int64_t rows_per_window,        \
       int64_t depth, int64_t width, c10::string_view activation, double scale, int64_t row_offset, \
-      int64_t col_offset
+      int64_t col_offset, c10::string_view backend
 #define HFH_WEIGHT_ARGUMENTS                                                                     \
   seed, num_hashes, block, window, rows_per_window, depth, width, activation, scale, row_offset, \
-      col_offset
+      col_offset, backend
 
 struct WeightArguments {
   int64_t seed, num_hashes, block, window, rows_per_window, depth, width;
   c10::string_view activation;
   double scale;
   int64_t row_offset, col_offset;
+  c10::string_view backend;  // on CUDA: "auto", "cuda" or "triton"
 };
 
 /// A virtual weight of `rows` x `cols`, with everything its kernels point into.
@@ -66,5 +67,7 @@ VirtualWeight checked_coordinates(const at::Tensor& pool, const at::Tensor& thet
 void check_cpu(const at::Tensor& tensor, const char* name);
 void check_activation_dtype(const at::Tensor& tensor, const char* name, const at::Tensor& pool);
 void check_bias(const at::Tensor& bias, int64_t size, const at::Tensor& input);
+/// The same on any device.
+void check_bias_shape(const at::Tensor& bias, int64_t size, const at::Tensor& input);
 
 }  // namespace hfh::torch_ops

@@ -17,6 +17,7 @@ from hfh_kernels.spec import HashSpec, Reconstruction
 
 _CONV2D: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.conv2d.default,
+    "cuda": torch.ops.hfh.conv2d.default,
     "triton": torch.ops.hfh.conv2d.default,
     "reference": conv2d_reference.conv2d,
 }
@@ -58,7 +59,7 @@ def conv2d(
         groups: in which input and output channels are split.
         scale: factor on every weight; a 0-d tensor where it is learnable.
         row_offset, col_offset: where V starts within a larger virtual weight.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
         [batch, out_channels, out_height, out_width] in input's dtype, or in that of autocast where
@@ -141,13 +142,13 @@ def _convolve(
     run = _CONV2D[choose(backend, input, pool, theta)]
     if isinstance(scale, Tensor):
         require_scalar(scale)
-        weight = weight_fields(hash_spec, reconstruction, 1.0, row_offset, col_offset)
+        weight = weight_fields(hash_spec, reconstruction, 1.0, row_offset, col_offset, backend)
         output: Tensor = scale * run(input, pool, theta, None, out_channels, *geometry, *weight)
         if bias is None:
             return output
         require_bias(bias, input, out_channels)
         return output + bias.to(output.dtype).view(-1, 1, 1)
-    weight = weight_fields(hash_spec, reconstruction, scale, row_offset, col_offset)
+    weight = weight_fields(hash_spec, reconstruction, scale, row_offset, col_offset, backend)
     output = run(input, pool, theta, bias, out_channels, *geometry, *weight)
     return output
 

@@ -17,11 +17,13 @@ from hfh_kernels.spec import HashSpec, Reconstruction
 
 _EMBEDDING: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.embedding.default,
+    "cuda": torch.ops.hfh.embedding.default,
     "triton": torch.ops.hfh.embedding.default,
     "reference": embedding_reference.embedding,
 }
 _EMBEDDING_BAG: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.embedding_bag.default,
+    "cuda": torch.ops.hfh.embedding_bag.default,
     "triton": torch.ops.hfh.embedding_bag.default,
     "reference": embedding_bag_reference.embedding_bag,
 }
@@ -69,7 +71,7 @@ def embedding(
             are. For frequent indices, which should not share.
         permutation: int64 [num_embeddings], the row that each index stands for: where indices are
             not sorted by frequency, the rank of each.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
         [..., embedding_dim] in pool's dtype.
@@ -94,7 +96,7 @@ def embedding(
         num_embeddings,
         embedding_dim,
         normalized_padding(padding_idx, num_embeddings),
-        *weight_fields(hash_spec, reconstruction, fixed_scale, row_offset, col_offset),
+        *weight_fields(hash_spec, reconstruction, fixed_scale, row_offset, col_offset, backend),
     )
     return output if factor is None else factor * output
 
@@ -140,7 +142,7 @@ def embedding_bag(
             mode "sum" only.
         include_last_offset: whether offsets has one more element, the end of the last bag.
         padding_idx: the index that bags leave out; negative ones count from the end.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
         [B, embedding_dim] in pool's dtype; empty bags are zeros.
@@ -193,7 +195,7 @@ def embedding_bag(
         mode,
         include_last_offset,
         normalized_padding(padding_idx, num_embeddings),
-        *weight_fields(hash_spec, reconstruction, fixed_scale, row_offset, col_offset),
+        *weight_fields(hash_spec, reconstruction, fixed_scale, row_offset, col_offset, backend),
     )[0]
     return output if factor is None else factor * output
 

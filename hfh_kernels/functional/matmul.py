@@ -17,6 +17,7 @@ from hfh_kernels.spec import HashSpec, Reconstruction
 
 _LINEAR: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.linear.default,
+    "cuda": torch.ops.hfh.linear.default,
     "triton": torch.ops.hfh.linear.default,
     "reference": linear_reference.linear,
 }
@@ -48,7 +49,7 @@ def linear(
         bias: [out_features] in input's dtype, or None.
         scale: factor on every weight; a 0-d tensor where it is learnable.
         row_offset, col_offset: where V starts within a larger virtual weight.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
         [..., out_features] in input's dtype, or in that of autocast where it is on.
@@ -62,12 +63,12 @@ def linear(
     run = _LINEAR[choose(backend, input, pool, theta)]
     if isinstance(scale, Tensor):
         require_scalar(scale)
-        weight = weight_fields(hash_spec, reconstruction, 1.0, row_offset, col_offset)
+        weight = weight_fields(hash_spec, reconstruction, 1.0, row_offset, col_offset, backend)
         output: Tensor = scale * run(input, pool, theta, None, out_features, *weight)
         if bias is None:
             return output
         require_bias(bias, input, out_features)
         return output + bias.to(output.dtype)
-    weight = weight_fields(hash_spec, reconstruction, scale, row_offset, col_offset)
+    weight = weight_fields(hash_spec, reconstruction, scale, row_offset, col_offset, backend)
     output = run(input, pool, theta, bias, out_features, *weight)
     return output

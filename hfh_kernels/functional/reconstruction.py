@@ -22,6 +22,7 @@ _HASH_INDEX: dict[str, Callable[..., Any]] = {
 }
 _MATERIALIZE: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.materialize.default,
+    "cuda": torch.ops.hfh.materialize.default,
     "triton": torch.ops.hfh.materialize.default,
     "reference": materialize_reference.materialize,
 }
@@ -40,7 +41,7 @@ def hash_index(
         rows: [R] integers in [0, 2**32).
         cols: [C] integers in [0, 2**32).
         spec: the hash.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
         offsets int64 [R, C, num_hashes] into the pool, and signs int8 [R, C, num_hashes] of -1, 1.
@@ -52,7 +53,12 @@ def hash_index(
     """
     rows = _coordinates("rows", rows, cols)
     cols = _coordinates("cols", cols, rows)
-    offsets, signs = _HASH_INDEX[choose(backend, rows, cols)](
+    chosen = choose(backend, rows, cols)
+    if chosen == "cuda":
+        if backend == "cuda":
+            raise RuntimeError("backend 'cuda' cannot run: its kernels never list indices")
+        chosen = choose("triton", rows, cols)
+    offsets, signs = _HASH_INDEX[chosen](
         rows,
         cols,
         spec.seed,
@@ -86,7 +92,7 @@ def materialize(
             row-major, followed by its bias.
         rows, cols: shape of the part that starts at (row_offset, col_offset).
         scale: factor on every weight; a 0-d tensor where it is learnable.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
         [rows, cols] in pool's dtype.
@@ -100,10 +106,10 @@ def materialize(
     run = _MATERIALIZE[choose(backend, pool, theta)]
     if isinstance(scale, Tensor):
         require_scalar(scale)
-        weight = weight_fields(hash_spec, reconstruction, 1.0, row_offset, col_offset)
+        weight = weight_fields(hash_spec, reconstruction, 1.0, row_offset, col_offset, backend)
         output: Tensor = scale * run(pool, theta, rows, cols, *weight)
         return output
-    weight = weight_fields(hash_spec, reconstruction, scale, row_offset, col_offset)
+    weight = weight_fields(hash_spec, reconstruction, scale, row_offset, col_offset, backend)
     output = run(pool, theta, rows, cols, *weight)
     return output
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hfh_kernels.dispatch import ON_GPUS
 from hfh_kernels.spec import HashSpec, Reconstruction
 
 
@@ -15,8 +16,12 @@ def weight_fields(
     scale: float,
     row_offset: int,
     col_offset: int,
+    backend: str = "auto",
 ) -> tuple[Any, ...]:
-    """The fields of ops.library.Weight; a plain tuple, which takes a third of the time."""
+    """The fields of ops.library.Weight; a plain tuple, which takes a third of the time.
+
+    ``backend`` matters to the operators where it names one of those on GPUs.
+    """
     return (
         hash_spec.seed,
         hash_spec.num_hashes,
@@ -29,6 +34,7 @@ def weight_fields(
         scale,
         row_offset,
         col_offset,
+        backend if backend in ON_GPUS else "auto",
     )
 
 

@@ -49,6 +49,8 @@ def virtual_weight(
 def fields(weight: tuple[Any, ...], pool_size: int, rows: int, cols: int) -> tuple[Any, ...]:
     """The fields of VirtualWeight behind pool and theta, checked once for each layer."""
     given = Weight(*weight)
+    if given.backend.startswith("cuda"):
+        raise RuntimeError(f"backend {given.backend!r} cannot run: it has no such operator")
     spec = given.hash_spec(pool_size)
     network = given.reconstruction()
     given.require_coordinates(rows, cols)

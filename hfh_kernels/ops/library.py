@@ -28,6 +28,8 @@ class Weight(NamedTuple):
     scale: float
     row_offset: int
     col_offset: int
+    backend: str = "auto"
+    """On CUDA: "auto", "cuda" or "triton"."""
 
     def hash_spec(self, pool_size: int) -> HashSpec:
         """The hash's part, validated."""
@@ -50,7 +52,11 @@ class Weight(NamedTuple):
                 )
 
 
-WEIGHT = ", ".join(f"{kind.__name__} {name}" for name, kind in Weight.__annotations__.items())
+WEIGHT = ", ".join(
+    f"{kind.__name__} {name}"
+    + (f'="{Weight._field_defaults[name]}"' if name in Weight._field_defaults else "")
+    for name, kind in Weight.__annotations__.items()
+)
 """The same arguments as a schema fragment."""
 
 LIBRARY: Any = torch.library.Library("hfh", "DEF")
@@ -94,7 +100,9 @@ def define(
 
     The extension brings the CPU's kernels and autograd for all devices, and needs ``fake`` for its
     shapes; as fakes also run where one tensor is on the meta device, they check the devices. On
-    CUDA the operator is the function of its name in the ``triton`` module beside the reference.
+    CUDA the operator is the function of its name in the ``triton`` module beside the reference;
+    where the extension has CUDA kernels for it, they are asked first, and that function is
+    ``hfh::triton_name``.
     Without the extension the operator is its ``reference`` everywhere, and PyTorch differentiates
     and traces through that.
     """
@@ -105,7 +113,11 @@ def define(
     torch.library.register_fake(f"hfh::{name}", fake, lib=LIBRARY)
     if _triton.reason() is None:
         module = reference.__module__.removesuffix("reference") + "triton"
-        LIBRARY.impl(name, _lazy(module, name), "CUDA")
+        triton_name = name
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"hfh::{name}", "CUDA"):
+            triton_name = f"triton_{name}"
+            LIBRARY.define(triton_name + schema)
+        LIBRARY.impl(triton_name, _lazy(module, name), "CUDA")
         if _triton.interpreted():
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")

@@ -18,34 +18,32 @@ LIBRARY = ROOT / FOLDER / "libhfh_cuda_emulator.so"
 
 # Those that need CUDA's own libraries; tests/cuda_emulator has its own.
 NEED_CUDA = {"stream.cpp", "registration.cpp"}
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden"]
+# Kernels take longer to compile than to run. What the sanitizers find, sanitizer.cpp reports.
+KERNEL_FLAGS = ["-O1", "-fsanitize=alignment,bounds"]
 # The emulator's headers hide those of the same names in csrc.
 INCLUDES = [f"-I{EMULATOR}/include", "-Icsrc"]
 X86_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 
 
-def sources() -> tuple[list[Path], list[Path]]:
-    """The files that do not see Tensor, and those that do."""
-    plain = [Path(EMULATOR, name) for name in ("emulator.cpp", "runtime.cpp", "self_test.cpp")]
-    plain += sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
-    with_tensors = [Path(EMULATOR, name) for name in sorted(NEED_CUDA)]
-    with_tensors += [Path("csrc/torch/weight.cpp")]
-    with_tensors += sorted(
-        path.relative_to(ROOT)
-        for path in (ROOT / "csrc/torch/cuda").glob("*.cpp")
-        if path.name not in NEED_CUDA
-    )
-    return plain, with_tensors
+def sources() -> dict[Path, list[str]]:
+    """Every file with its own flags."""
+    tensors = ["-O1", *("-isystem" + path for path in cpp_extension.include_paths())]
+    product = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/torch/cuda").glob("*.cpp"))
+    kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    return {
+        **{EMULATOR / name: tensors for name in sorted(NEED_CUDA)},
+        Path("csrc/torch/weight.cpp"): tensors,
+        **{path: tensors for path in product if path.name not in NEED_CUDA},
+        **{path: KERNEL_FLAGS for path in [*kernels, EMULATOR / "self_test.cpp"]},
+        **{EMULATOR / f"{name}.cpp": ["-O3"] for name in ("emulator", "runtime", "sanitizer")},
+    }
 
 
 def ninja_file() -> str:
     compiler = os.environ.get("CXX", "g++")
-    x86 = "AVX2" in torch.backends.cpu.get_cpu_capability() or "AVX512" in (
-        torch.backends.cpu.get_cpu_capability()
-    )
-    plain, with_tensors = sources()
-    flags = [*FLAGS, *(X86_FLAGS if x86 else []), *INCLUDES]
-    tensor_flags = ["-isystem" + path for path in cpp_extension.include_paths()]
+    has_avx2 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    flags = [*FLAGS, *(X86_FLAGS if has_avx2 else []), *INCLUDES]
     libraries = [f"-L{path} -Wl,-rpath,{path}" for path in cpp_extension.library_paths()]
     lines = [
         f"builddir = {FOLDER}",
@@ -60,11 +58,10 @@ def ninja_file() -> str:
         "  description = $out",
     ]
     objects = []
-    for files, extra in ((with_tensors, tensor_flags), (plain, [])):
-        for source in files:
-            target = FOLDER / f"{source}.o"
-            lines += [f"build {target}: compile {source}", f"  flags = {shlex.join(extra)}"]
-            objects.append(str(target))
+    for source, own_flags in sources().items():
+        target = FOLDER / f"{source}.o"
+        lines += [f"build {target}: compile {source}", f"  flags = {shlex.join(own_flags)}"]
+        objects.append(str(target))
     lines += [f"build {LIBRARY.relative_to(ROOT)}: link {' '.join(objects)}", ""]
     return "\n".join(lines)
 

@@ -279,8 +279,12 @@ void check_copy(const char* name, const void* shared, const void* global, size_t
   }
 }
 
+void check_bulk_copies(const char* name) {
+  if (!hfh::cuda::has_bulk_copies()) fail(std::string(name) + " on a device that lacks it");
+}
+
 BulkBarrier& bulk_barrier(const char* name, const void* barrier) {
-  if (capability() < 90) fail(std::string(name) + " on a device that lacks it");
+  check_bulk_copies(name);
   const auto found = bulk_barriers.find(barrier);
   if (found == bulk_barriers.end()) fail(std::string(name) + ": barrier not initialised");
   return found->second;
@@ -547,6 +551,7 @@ void copy_async_wait(int pending_groups) {
 }
 
 void copy_barrier_init(void* barrier) {
+  check_bulk_copies("copy_barrier_init");
   const auto* address = static_cast<const char*>(barrier);
   if (address < shared_memory() || address + 8 > shared_memory() + shared_bytes ||
       reinterpret_cast<uintptr_t>(barrier) % 8 != 0) {

@@ -100,7 +100,15 @@ __global__ void copy(const float* in, float* out, Copies copies) {
   for (unsigned i = thread; i < 64; i += blockDim.x) out[i] = values[i];
 }
 
-__global__ void write_past_the_end() { shared_memory()[64 + threadIdx.x] = 1; }
+__global__ void write_at(int index) { shared_memory()[index] = 1; }
+
+/// Stores two floats, to an address aligned to them if `offset` is even, and one in an array of 4.
+__global__ void access(float* out, int offset, int index) {
+  *reinterpret_cast<float2*>(out + offset) = make_float2(1.0f, 2.0f);
+  float local[4];
+  for (int i = 0; i < 4; ++i) local[i] = out[i];
+  out[4] = local[index];
+}
 
 /// d [16, 8] = a [16, depth] b [depth, 8], row-major and packed as they lie in memory.
 template <class Number, int kDepth>
@@ -119,7 +127,7 @@ __global__ void multiply(const uint16_t* a, const uint16_t* b, float* d) {
   if constexpr (kDepth == 16) {
     multiply_add_k16<Number>(d_part, a_part, b_part);
   } else {
-    multiply_add_k8<Number>(d_part, a_part, b_part);
+    multiply_add_k8<Number>(d_part, a_part, b_part[0], d_part);
   }
   for (int i = 0; i < 4; ++i) d[(m + 8 * (i / 2)) * 8 + q + i % 2] = d_part[i];
 }
@@ -184,14 +192,18 @@ EXPORT const char* test_copy(const float* in, float* out, int copies) {
   return reason([&] { launch("copy", copy, {1, 32, 16 + 256}, nullptr, in, out, Copies{copies}); });
 }
 
-EXPORT const char* test_write_past_the_end(int threads) {
-  return reason(
-      [&] { launch("write_past_the_end", write_past_the_end, {1, threads, 128}, nullptr); });
+EXPORT const char* test_write_at(int index) {
+  return reason([&] { launch("write_at", write_at, {2, 32, 128}, nullptr, index); });
 }
 
-EXPORT const char* test_shared_bytes(long bytes) {
+EXPORT const char* test_access(int offset, int index) {
+  alignas(16) float out[8] = {};
+  return reason([&] { launch("access", access, {1, 1}, nullptr, out, offset, index); });
+}
+
+EXPORT const char* test_shared_bytes(int bytes) {
   return reason(
-      [&] { launch("deadlock", deadlock, {1, 32, static_cast<size_t>(bytes)}, nullptr); });
+      [&] { launch("write_at", write_at, {1, 1, static_cast<size_t>(bytes)}, nullptr, 0); });
 }
 
 EXPORT const char* test_multiply(bool bfloat16, int depth, const uint16_t* a, const uint16_t* b,

@@ -4,10 +4,16 @@
 
 namespace hfh::torch_ops {
 
+at::Tensor aligned(const at::Tensor& tensor) {
+  constexpr uintptr_t kAlignment = 16;
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0 ? tensor
+                                                                                : tensor.clone();
+}
+
 CheckedDeviceWeight::CheckedDeviceWeight(const at::Tensor& pool, const at::Tensor& theta,
                                          int64_t rows, int64_t cols, const WeightArguments& args)
     : weight_{checked_coordinates(pool, theta, rows, cols, args), static_cast<float>(args.scale)},
-      pool_(pool.contiguous()),
+      pool_(aligned(pool.contiguous())),
       theta_(theta.to(at::kFloat).contiguous()),
       rows_(rows),
       cols_(cols) {

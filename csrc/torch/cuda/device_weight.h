@@ -27,6 +27,9 @@ class CheckedDeviceWeight {
   int64_t rows_, cols_;
 };
 
+/// A contiguous tensor whose data kernels can read 16 bytes at a time: itself or a copy.
+at::Tensor aligned(const at::Tensor& tensor);
+
 /// float32, bfloat16 or float16; a TypeError that names the argument for others.
 DType checked_device_dtype(const at::Tensor& tensor, const char* name);
 

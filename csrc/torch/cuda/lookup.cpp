@@ -18,13 +18,6 @@ using OptionalTensor = std::optional<at::Tensor>;
 // Of fewer, so few can be of one index that sorting takes longer than their additions.
 constexpr int64_t kEntriesToSort = 8192;
 
-/// For the kernels' 16-byte accesses.
-at::Tensor aligned(const at::Tensor& pool) {
-  const at::Tensor contiguous = pool.contiguous();
-  const auto address = reinterpret_cast<uintptr_t>(contiguous.const_data_ptr());
-  return address % 16 == 0 ? contiguous : contiguous.clone();
-}
-
 int64_t checked_size(int64_t size, const char* name) {
   TORCH_CHECK_VALUE(size >= 0, name, " must not be negative, received ", size);
   return size;
@@ -50,7 +43,7 @@ class CheckedLookup {
       : pool(pool),
         theta(theta),
         args(args),
-        weight_(aligned(pool), theta, checked_size(num_embeddings, "num_embeddings"),
+        weight_(pool, theta, checked_size(num_embeddings, "num_embeddings"),
                 checked_size(cols, "embedding_dim"), args),
         indices_(indices.contiguous().view(-1)) {
     check_integers(indices, "indices");

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "torch/weight.h"
@@ -19,6 +20,17 @@ std::tuple<at::Tensor, at::Tensor> materialize_backward(const at::Tensor& grad,
                                                         const at::Tensor& pool,
                                                         const at::Tensor& theta,
                                                         HFH_WEIGHT_PARAMETERS);
+
+/// Why `linear` has no kernel for its arguments, or leaves them to others; empty where it has. The
+/// same for its input's gradient.
+std::string why_not_linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
+                           int64_t out_features, HFH_WEIGHT_PARAMETERS);
+std::string why_not_linear_backward_input(const at::Tensor& grad_output, const at::Tensor& pool,
+                                          const at::Tensor& theta, int64_t in_features,
+                                          HFH_WEIGHT_PARAMETERS);
+
+/// `backend` may name the kernel: "cuda:slot_products" (no weights at all), "cuda:tiles" (weights
+/// in registers) or "cuda:panels" (a panel of weights, then the platform's product).
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
                   const std::optional<at::Tensor>& bias, int64_t out_features,

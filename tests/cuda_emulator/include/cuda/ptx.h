@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -57,6 +58,8 @@ void unpack(uint32_t packed, float& low, float& high) {
   high = from_bits<Number>(packed >> 16);
 }
 
+inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
+
 /// With the error of the instruction: 2^-11 of the result.
 inline float fast_tanh(float x) {
   const auto bits = std::bit_cast<uint32_t>(std::tanh(x));
@@ -68,13 +71,21 @@ inline constexpr auto kFormat =
     Number::kExponentBits == 8 ? cuda_emulator::Format::kBFloat16 : cuda_emulator::Format::kFloat16;
 
 template <class Number>
-void multiply_add_k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+void multiply_add_k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      const float* c) {
+  std::copy_n(c, 4, d);
   cuda_emulator::multiply_add(kFormat<Number>, 16, d, a, b);
 }
 
 template <class Number>
-void multiply_add_k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1]) {
-  cuda_emulator::multiply_add(kFormat<Number>, 8, d, a, b);
+void multiply_add_k8(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float* c) {
+  std::copy_n(c, 4, d);
+  cuda_emulator::multiply_add(kFormat<Number>, 8, d, a, &b);
+}
+
+template <class Number>
+void multiply_add_k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply_add_k16<Number>(d, a, b, d);
 }
 
 inline void add_vector(float* to, float4 value) {

@@ -1,0 +1,307 @@
+#pragma once
+
+#include "cuda/ptx.h"
+#include "cuda/scalar.h"
+#include "cuda/weight.h"
+
+// Tiles of a virtual weight, made by a warp on the tensor cores in the layout of their operands.
+//
+// A tile is 16 rows by a segment of 64 columns. With m = lane / 4 and q = lane % 4, a lane owns
+// rows m and m + 8, and of each the chunks of 8 columns q and q + 4. It gathers the elements of its
+// own weights, 16 bytes at a time, and supplies them to the product of g's first layer as four
+// consecutive k: the other lanes of a row are other groups of k, and g's weights stand in a block
+// of their own for each group. A tensor instruction makes one layer of 64 weights, and the sums
+// come out in the lane that owns the weight, ready to be the next product's operand.
+
+namespace hfh::cuda {
+
+inline constexpr int kTileRows = 16;
+inline constexpr int kSegment = 64;
+inline constexpr int kChunk = 8;
+/// The smallest block whose columns are gathered by chunks.
+inline constexpr uint32_t kSharedBlock = 32;
+
+/// Where a tile's elements are gathered from.
+enum class Source {
+  kGlobal,  // the pool
+  kShared,  // what a row can draw from, and then its negative, in shared memory
+};
+
+/// g's parameters as operands of tensor instructions, in registers.
+template <class Number, class Shape>
+class Network {
+ public:
+  static constexpr int kHashes = Shape::kHashesBound;
+  static constexpr int kWidth = Shape::kWidthBound;
+  static constexpr bool kIsLinear = Shape::depth() == 1;
+  // Four elements of a weight enter a product at a time.
+  static constexpr int kSteps = (kHashes + 3) / 4;
+  static_assert(kIsLinear || (Shape::depth() == 2 && kWidth % 4 == 0 && kSteps == 1));
+
+  __device__ __forceinline__ explicit Network(const DeviceWeight& weight) {
+    const int lane = threadIdx.x % kWarpSize, m = lane / 4, q = lane % 4;
+    const auto pair = [&weight](int i, bool both, bool here) {
+      const float low = here ? theta_value(weight, i) : 0.0f;
+      const float high = here && both ? theta_value(weight, i + 1) : 0.0f;
+      return pack<Number>(low, high);
+    };
+    for (int tile = 0; tile < kFirstTiles; ++tile) {
+      for (int step = 0; step < kSteps; ++step) {
+        for (int half = 0; half < 2; ++half) {
+          const int u = 4 * step + 2 * half, hidden = 2 * tile + m % 2;
+          const int row = kIsLinear ? 0 : hidden * kHashes;
+          const bool here = u < kHashes && (kIsLinear ? m == 2 * q + tile : m / 2 == q);
+          first_[tile][step][half] = pair(row + u, u + 1 < kHashes, here);
+        }
+      }
+    }
+    if constexpr (!kIsLinear) {
+      const int bias = kHashes * kWidth, second = bias + kWidth;
+      for (int i = 0; i < 2 * kWidth; ++i) {
+        hidden_bias_[i / 4][i % 4] = theta_value(weight, bias + i / 4 * 2 + i % 2);
+      }
+      for (int parity = 0; parity < 2; ++parity) {
+        for (int j = 0; j < kWidth; j += 2) {
+          second_[parity][j / 4][j % 4 / 2] = pair(second + j, true, m == 2 * q + parity);
+        }
+      }
+      for (float& bias : bias_) bias = theta_value(weight, second + kWidth);
+    }
+  }
+
+  /// What the sums of a pair of columns begin with.
+  __device__ __forceinline__ const float* bias() const { return bias_; }
+
+  /// d = c + what elements 4 step to 4 step + 3 contribute to g of one column in two, column
+  /// `parity` of each lane's pairs, in rows m and m + 8. `a` are the elements as an operand.
+  __device__ __forceinline__ void add(int step, int parity, const uint32_t (&a)[4], const float* c,
+                                      float (&d)[4]) const {
+    if constexpr (kIsLinear) {
+      multiply_first(parity, step, a, c, d);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; j += 4) {
+        uint32_t hidden[4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int tile = j / 2 + half;
+          float sums[4];
+          multiply_first(tile, step, a, hidden_bias_[tile], sums);
+          hidden[2 * half] = activated(sums[0], sums[1]);
+          hidden[2 * half + 1] = activated(sums[2], sums[3]);
+        }
+        multiply_add_k16<Number>(d, hidden, second_[parity][j / 4], j == 0 ? c : d);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kFirstTiles = kIsLinear ? 2 : kWidth / 2;
+
+  __device__ __forceinline__ void multiply_first(int tile, int step, const uint32_t (&a)[4],
+                                                 const float* c, float (&d)[4]) const {
+    if constexpr (kHashes <= 2) {
+      multiply_add_k8<Number>(d, {a[0], a[1]}, first_[tile][step][0], c);
+    } else {
+      multiply_add_k16<Number>(d, a, first_[tile][step], c);
+    }
+  }
+
+  __device__ __forceinline__ static uint32_t activated(float low, float high) {
+    if constexpr (Shape::activation() == Activation::kReLU) {
+      return pack_relu<Number>(low, high);
+    } else {
+      return pack<Number>(fast_tanh(low), fast_tanh(high));
+    }
+  }
+
+  uint32_t first_[kFirstTiles][kSteps][2];
+  uint32_t second_[2][kIsLinear ? 1 : kWidth / 4][2];
+  float hidden_bias_[kWidth / 2 + 1][4];
+  float bias_[4] = {};
+};
+
+/// Hash keys of the two rows of a tile that a lane owns.
+struct RowKeys {
+  uint32_t key[2];
+
+  /// Of the tile whose logical rows begin at `first`.
+  __device__ __forceinline__ RowKeys(uint32_t first, uint32_t seed) {
+    const uint32_t row = first + threadIdx.x % kWarpSize / 4;
+    key[0] = row_key(row, seed);
+    key[1] = row_key(row + 8, seed);
+  }
+};
+
+/// Makes tiles of the rows of one window.
+template <class Number, class Shape, Source kSource, bool kElements>
+class TileMaker {
+ public:
+  static constexpr int kHashes = Shape::kHashesBound;
+
+  /// `elements` is what kSource says; `base` the window's, of no meaning where it is copied.
+  __device__ __forceinline__ TileMaker(const DeviceWeight& weight, uint32_t base,
+                                       const char* elements)
+      : hash_(weight.hash),
+        base_(base),
+        elements_(elements),
+        lane_(threadIdx.x % kWarpSize),
+        m_(lane_ / 4),
+        q_(lane_ % 4) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      own_hash_[i] = hash_lane(kHashes < 4 ? q_ % kHashes : q_ + 4 * i);
+    }
+  }
+
+  /// The chunk of the segment that a lane's values of `turn` 0 or 1 belong to. Lanes of even rows
+  /// begin with the first half of the segment, those of odd rows with the second: eight lanes that
+  /// read together then read from all banks of the shared memory.
+  __device__ __forceinline__ int chunk(int turn) const { return q_ + 4 * (turn ^ (m_ & 1)); }
+
+  /// Weights of the segment that begins at logical column `col`: value[i][turn] holds the chunk of
+  /// row m + 8 i, a pair of columns a word.
+  __device__ __forceinline__ void make(const Network<Number, Shape>& g, const RowKeys& keys,
+                                       uint32_t col, uint32_t (&value)[2][2][4]) const {
+    uint32_t draws[2][kHashes];
+#pragma unroll
+    for (int turn = 0; turn < 2; ++turn) {
+      const uint32_t from = col + kChunk * chunk(turn);
+      if (!kElements && (turn == 0 || hash_.log2_block < 6)) draw_chunk(keys, from, draws);
+      float d[4][4];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        // Keeps the compiler from gathering more at a time than there are registers for.
+        __syncwarp();
+        uint32_t a[2][4][4];
+        if constexpr (kElements) {
+          gather_elements(step, keys, from, a);
+        } else {
+          gather(step, from, draws, a);
+        }
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+#pragma unroll
+          for (int parity = 0; parity < 2; ++parity) {
+            // In the order of an operand: rows m and m + 8 of elements 0 and 1, then of 2 and 3.
+            uint32_t operand[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int u = i / 2 * 2;
+              operand[i] = __byte_perm(a[i % 2][u][word], a[i % 2][u + 1][word],
+                                       parity == 0 ? 0x5410 : 0x7632);
+            }
+            g.add(step, parity, operand, step + parity == 0 ? g.bias() : d[word], d[word]);
+          }
+        }
+      }
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        value[0][turn][word] = pack<Number>(d[word][0], d[word][1]);
+        value[1][turn][word] = pack<Number>(d[word][2], d[word][3]);
+      }
+    }
+  }
+
+ private:
+  static constexpr bool kIsShared = kSource == Source::kShared;
+  static constexpr int kSteps = Network<Number, Shape>::kSteps;
+  static constexpr uint32_t kSign = 0x80000000u;
+
+  /// In shared memory the place of a slot in bytes, that of its negative where the sign is; in the
+  /// pool the slot, and the sign as its bit 31.
+  __device__ __forceinline__ uint32_t place(uint32_t key, uint32_t lane_constant) const {
+    if constexpr (kIsShared) {
+      const Draw<uint32_t> one = draw_in_window(key, lane_constant, hash_);
+      return (one.slot + (one.sign != 0 ? hash_.draw_slots : 0)) * slot_bytes();
+    }
+    const Draw<uint32_t> one = draw(key, lane_constant, base_, hash_);
+    return one.slot | one.sign;
+  }
+
+  __device__ __forceinline__ uint32_t slot_bytes() const {
+    return static_cast<uint32_t>(sizeof(Number)) << hash_.log2_block;
+  }
+
+  __device__ __forceinline__ const char* element(uint32_t place, uint32_t inside) const {
+    const uint32_t offset = inside * static_cast<uint32_t>(sizeof(Number));
+    if constexpr (kIsShared) return elements_ + (place + offset);
+    // Less than 2^31 elements of 2 bytes.
+    return elements_ + ((place & ~kSign) * slot_bytes() + offset);
+  }
+
+  /// The draws of the block of the chunk at `col`, for both rows. The four lanes of a row are in
+  /// one block of at least kSharedBlock columns: each draws some and tells the others.
+  __device__ __forceinline__ void draw_chunk(const RowKeys& keys, uint32_t col,
+                                             uint32_t (&draws)[2][kHashes]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t key = weight_key(keys.key[i], col >> hash_.log2_block);
+      uint32_t own[kSteps];
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j) own[j] = place(key, own_hash_[j]);
+#pragma unroll
+      for (int u = 0; u < kHashes; ++u) {
+        draws[i][u] = __shfl_sync(kFullWarp, own[u / 4], (lane_ & ~3) | (u % 4));
+      }
+    }
+  }
+
+  /// a[i][k]: element 4 step + k of the chunk of row m + 8 i, a pair of columns a word; those that
+  /// there are not are 0.
+  __device__ __forceinline__ void gather(int step, uint32_t col,
+                                         const uint32_t (&draws)[2][kHashes],
+                                         uint32_t (&a)[2][4][4]) const {
+    const uint32_t inside = col & (hash_.block() - 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int u = 4 * step + k;
+        uint4 chunk = make_uint4(0, 0, 0, 0);
+        uint32_t sign = 0;
+        if (u < kHashes) {
+          const uint32_t one = draws[i][u % kHashes];
+          chunk = *reinterpret_cast<const uint4*>(element(one, inside));
+          // Both numbers of a word change their signs or neither does.
+          if constexpr (!kIsShared) sign = (one & kSign) | (one & kSign) >> 16;
+        }
+        a[i][k][0] = chunk.x ^ sign;
+        a[i][k][1] = chunk.y ^ sign;
+        a[i][k][2] = chunk.z ^ sign;
+        a[i][k][3] = chunk.w ^ sign;
+      }
+    }
+  }
+
+  /// The same where blocks are smaller than kSharedBlock: every column draws for itself.
+  __device__ __forceinline__ void gather_elements(int step, const RowKeys& keys, uint32_t col,
+                                                  uint32_t (&a)[2][4][4]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {
+        const uint32_t at = col + e, key = weight_key(keys.key[i], at >> hash_.log2_block);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          uint32_t bits = 0;
+          if (4 * step + k < kHashes) {
+            const uint32_t one = place(key, hash_lane(4 * step + k));
+            const char* from = element(one, at & (hash_.block() - 1));
+            bits = *reinterpret_cast<const uint16_t*>(from);
+            if constexpr (!kIsShared) bits ^= (one & kSign) >> 16;
+          }
+          a[i][k][e / 2] = e % 2 == 0 ? bits : a[i][k][e / 2] | bits << 16;
+        }
+      }
+    }
+  }
+
+  HashParams hash_;
+  uint32_t base_;
+  const char* elements_;
+  int lane_, m_, q_;
+  uint32_t own_hash_[kSteps];
+};
+
+}  // namespace hfh::cuda

@@ -1,0 +1,130 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/fragments.h"
+#include "cuda/launch.h"
+#include "cuda/row_groups.h"
+
+// How blocks of threads share a layer: a group of rows and a part of the columns each, whose
+// segments their warps take in turn.
+
+namespace hfh::cuda {
+
+/// Of a group of rows.
+inline constexpr int kTiles = kGroupRows / kTileRows;
+static_assert(kTiles == 2);
+
+/// Exchanges what belongs to the two tiles of a group. A loop over tiles that is not unrolled
+/// cannot index registers: it works on the first and rotates.
+template <class T>
+__device__ __forceinline__ void rotate(T (&of_tiles)[kTiles]) {
+  const T first = of_tiles[0];
+  of_tiles[0] = of_tiles[1];
+  of_tiles[1] = first;
+}
+
+/// Threads of a processor: as many as leave each the registers it needs, to which the launch bounds
+/// of kernels over tiles hold the compiler. `other` says that
+/// the kernel keeps much beside the weights.
+template <class Shape>
+constexpr int tile_threads(bool other) {
+  return other || Shape::kHashesBound > 4 || Shape::kWidthBound > 4 ? 256 : 384;
+}
+
+/// The columns of the layer, which begin at a multiple of kSegment of the weight, in segments.
+struct Segments {
+  uint32_t col_offset;
+  int32_t count;
+  int32_t num_parts;
+
+  HFH_HOST_DEVICE int64_t in_features() const { return int64_t{count} * kSegment; }
+  HFH_HOST_DEVICE int32_t part_begin(int part) const {
+    return static_cast<int32_t>(int64_t{count} * part / num_parts);
+  }
+};
+
+/// Beside the elements in shared memory.
+inline constexpr size_t kBarrierBytes = 128;
+
+/// What the block's rows draw from, where kSource says.
+template <class Number, Source kSource>
+__device__ __forceinline__ const char* prepare_elements(const DeviceWeight& weight, uint32_t base) {
+  if constexpr (kSource == Source::kGlobal) {
+    return static_cast<const char*>(weight.pool);
+  } else {
+    char* elements = shared_memory() + kBarrierBytes;
+    copy_window<Number>(weight, base, reinterpret_cast<CopyBarrier*>(shared_memory()), elements);
+    return elements;
+  }
+}
+
+/// Why there are no tiles of a weight with so many columns; empty where there are.
+inline std::string why_not_tiles(const DeviceWeight& weight, int64_t in_features) {
+  if (weight.pool_dtype != DType::kBFloat16 && weight.pool_dtype != DType::kFloat16) {
+    return "pool must be bfloat16 or float16";
+  }
+  if (in_features % kSegment != 0 || weight.col_offset % kSegment != 0) {
+    return "in_features and col_offset must be multiples of " + std::to_string(kSegment) +
+           ", received " + std::to_string(in_features) + " and " +
+           std::to_string(weight.col_offset);
+  }
+  return why_not_shape(weight);
+}
+
+/// How a launch is cut.
+struct TilePlan {
+  RowGroups groups;
+  Segments segments;
+  bool shared;  // elements in shared memory
+  Grid grid;
+};
+
+/// For rows [row_begin, row_begin + rows) and all columns of a layer; `num_parts` 0 leaves the
+/// number of parts to the plan. A processor runs `threads`; warps need `warp_bytes` of shared
+/// memory at their end.
+inline TilePlan plan_tiles(const DeviceWeight& weight, int64_t row_begin, int64_t rows,
+                           int64_t in_features, int num_parts, int threads, size_t warp_bytes,
+                           const Device& device) {
+  const RowGroups groups(weight.hash, weight.row_offset + static_cast<uint64_t>(row_begin),
+                         static_cast<uint64_t>(rows));
+  Segments segments{weight.col_offset, static_cast<int32_t>(in_features / kSegment), 1};
+  if (num_parts == 0) {
+    // Enough blocks to fill the device twice, as long as each warp has a segment.
+    constexpr int64_t kWarps = 6;
+    const int64_t wanted = (2 * device.processors + groups.count() - 1) / groups.count();
+    num_parts =
+        static_cast<int>(std::clamp<int64_t>(wanted, 1, (segments.count + kWarps - 1) / kWarps));
+  }
+  segments.num_parts = num_parts;
+  constexpr size_t kElementBytes = 2;
+  const size_t bytes = 2 * drawn_bytes(weight.hash, kElementBytes);
+  // Copied, negated and read once: without reuse, shared memory gains nothing.
+  const double gathered = static_cast<double>(kGroupRows) * static_cast<double>(in_features) /
+                          num_parts * weight.hash.num_hashes * kElementBytes;
+  const bool shared =
+      bytes + kBarrierBytes <= device.shared_bytes && static_cast<double>(bytes) <= gathered;
+  const size_t room = shared ? kBarrierBytes + bytes : 0;
+  // Two blocks a processor where both fit.
+  if (2 * room <= device.shared_bytes) threads /= 2;
+  const size_t at_end = warp_bytes * static_cast<size_t>(threads / kWarpSize);
+  return {groups,
+          segments,
+          shared,
+          {static_cast<unsigned>(groups.count() * num_parts), threads, std::max(room, at_end)}};
+}
+
+/// Calls f(number, shape) with the types of a weight; false where there is no kernel for it.
+template <class F>
+bool with_types(const DeviceWeight& weight, const F& f) {
+  return with_shape(weight, [&](auto shape) {
+    if (weight.pool_dtype == DType::kBFloat16) {
+      f(BFloat16{}, shape);
+    } else {
+      f(Float16{}, shape);
+    }
+  });
+}
+
+}  // namespace hfh::cuda

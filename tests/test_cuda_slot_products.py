@@ -1,0 +1,194 @@
+"""CUDA's linear by slot products against the reference; emulated, where dispatch has no say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from hfh_kernels import HashSpec, Reconstruction
+from tests.cuda_device import EMULATED, needs_cuda
+from tests.samples import BFLOAT16, Arguments, Sample, assert_matches
+
+pytestmark = [
+    *needs_cuda,
+    pytest.mark.skipif(not EMULATED, reason="only the emulator has an operator of them alone"),
+]
+FLOAT16 = torch.float16
+LINEAR = Reconstruction(depth=1)
+
+
+def spec(
+    block: int,
+    num_slots: int,
+    *,
+    num_hashes: int = 4,
+    draw_slots: int | None = None,
+    rows_per_window: int | None = None,
+) -> HashSpec:
+    return HashSpec(
+        seed=block + num_hashes,
+        num_hashes=num_hashes,
+        pool_size=num_slots * block,
+        block=block,
+        window=draw_slots and draw_slots * block,
+        rows_per_window=rows_per_window,
+    )
+
+
+def half_precision(dtype: torch.dtype = BFLOAT16, **fields: object) -> Sample:
+    sample = Sample(**{"reconstruction": LINEAR, "dtype": dtype, "pool_dtype": dtype, **fields})
+    name = f"{sample.hash_spec.num_hashes} hashes, block {sample.hash_spec.block}, {sample.batch}"
+    return dataclasses.replace(sample, name=f"{sample.name}: {name}")
+
+
+# Every block, number of hashes and batch in both dtypes; windows that wrap around the pool and
+# that rows do not fill; more rows than a thread block's; ragged and misaligned columns.
+SAMPLES = [
+    *[
+        half_precision(
+            dtype,
+            name="no window",
+            hash_spec=spec(block, 24, num_hashes=num_hashes),
+            batch=(batch,),
+            in_features=35 * block if block < 64 else 5 * block,
+        )
+        for dtype, blocks in ((BFLOAT16, (16, 64, 256)), (FLOAT16, (32, 64, 128)))
+        for block, num_hashes, batch in zip(
+            (*blocks, *blocks[:1]), (1, 2, 4, 8), (8, 4, 2, 1), strict=True
+        )
+    ],
+    *[
+        half_precision(
+            name="windows",
+            hash_spec=spec(64, num_slots, draw_slots=draw_slots, rows_per_window=rows_per_window),
+            batch=(batch,),
+            in_features=64 * 3,
+            out_features=out_features,
+            row_offset=row_offset,
+        )
+        for num_slots, draw_slots, rows_per_window, batch, out_features, row_offset in (
+            (40, 33, 16, 3, 50, 5),
+            (512, 512, 200, 1, 333, 130),
+            (300, 17, 7, 5, 30, 2**32 - 30),
+        )
+    ],
+    *[
+        half_precision(
+            name=f"columns from {col_offset}",
+            hash_spec=spec(block, 20, num_hashes=2, draw_slots=9, rows_per_window=10),
+            batch=(2,),
+            in_features=in_features,
+            col_offset=col_offset,
+        )
+        for block, in_features, col_offset in (
+            (64, 197, 0),
+            (16, 1111, 8),
+            (32, 100, 2**31 - 3),
+            (128, 59, 128 + 40),
+            (256, 256, 255),
+            (32, 40, 2**32 - 40),
+            (16, 0, 3),
+        )
+    ],
+    half_precision(
+        name="hashednets",
+        hash_spec=spec(32, 10, num_hashes=1),
+        reconstruction=Reconstruction(depth=0),
+        has_bias=False,
+    ),
+]
+
+
+def slot_products(sample: Sample, arguments: Arguments, processors: int = 1) -> tuple[Tensor, int]:
+    """The output, and the number of parts that its columns were split into."""
+    output, parts = torch.ops.hfh_emulator.slot_products(
+        *arguments, sample.out_features, processors, *sample.weight
+    )
+    return output, parts
+
+
+def expected(sample: Sample, arguments: Arguments) -> Tensor:
+    return sample.linear(arguments.double(), backend="reference")
+
+
+each_sample = pytest.mark.parametrize(
+    "sample", [pytest.param(sample, id=sample.name) for sample in SAMPLES]
+)
+
+
+@each_sample
+@pytest.mark.parametrize("processors", (1, 40))
+def test_matches_reference(sample: Sample, processors: int) -> None:
+    arguments = sample.arguments()
+    output, _ = slot_products(sample, arguments, processors)
+    assert output.dtype == sample.dtype
+    assert_matches(output, expected(sample, arguments), sample.dtype)
+
+
+WIDE = half_precision(
+    name="wide", hash_spec=spec(64, 30), batch=(1,), in_features=64 * 330 + 10, out_features=9
+)
+
+
+def test_columns_in_parts() -> None:
+    arguments = WIDE.arguments()
+    output, parts = slot_products(WIDE, arguments, processors=100)
+    assert parts > 1
+    assert_matches(output, expected(WIDE, arguments), WIDE.dtype)
+    assert torch.equal(output, slot_products(WIDE, arguments, processors=100)[0])
+
+
+@pytest.mark.parametrize(
+    ("in_features", "col_offset", "poisoned"),
+    ((20, 64 + 5, (*range(5), *range(25, 32))), (22, 20, range(10, 20)), (7, 32, range(7, 32))),
+)
+def test_numbers_outside_the_columns_do_not_count(
+    in_features: int, col_offset: int, poisoned: tuple[int, ...]
+) -> None:
+    sample = half_precision(
+        name="columns",
+        hash_spec=spec(32, 20),
+        in_features=in_features,
+        col_offset=col_offset,
+    )
+    arguments = sample.arguments()
+    clean = expected(sample, arguments)
+    arguments.pool.view(-1, 32)[:, list(poisoned)] = torch.inf
+    assert_matches(slot_products(sample, arguments)[0], clean, sample.dtype)
+
+
+def test_infinite_slots_reach_the_rows_that_draw_them() -> None:
+    sample = half_precision(
+        name="infinite", hash_spec=spec(32, 20, num_hashes=2), in_features=3 * 32
+    )
+    arguments = sample.arguments()
+    arguments.pool.view(-1, 32)[7] = torch.inf
+    finite = expected(sample, arguments).isfinite()
+    assert 0 < finite.sum() < finite.numel()
+    output, _ = slot_products(sample, arguments)
+    assert torch.equal(output.isfinite(), finite)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    (
+        ({"dtype": torch.float32}, "of one type"),
+        ({"pool_dtype": FLOAT16}, "of one type"),
+        ({"reconstruction": Reconstruction(depth=2, width=4)}, "not depth 2"),
+        ({"hash_spec": spec(64, 20, num_hashes=3)}, "1, 2, 4 or 8 hashes, not 3"),
+        ({"hash_spec": spec(8, 20)}, "blocks of 16 and more, not 8"),
+        ({"hash_spec": spec(64, 513)}, "at most 512 blocks of 64, not 513"),
+        ({"hash_spec": spec(256, 200)}, "at most 128 blocks of 256, not 200"),
+        ({"batch": (9,)}, "a batch of at most 8, not 9"),
+    ),
+)
+def test_says_why_not(changes: dict[str, object], reason: str) -> None:
+    sample = dataclasses.replace(
+        half_precision(name="refused", hash_spec=spec(64, 20)),
+        **changes,
+    )
+    with pytest.raises(RuntimeError, match=reason):
+        slot_products(sample, sample.arguments())
