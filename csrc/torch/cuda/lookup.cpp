@@ -194,6 +194,23 @@ class CheckedBags {
 
 }  // namespace
 
+std::string why_not_embedding(const at::Tensor& pool, const at::Tensor& theta,
+                              int64_t num_embeddings, int64_t embedding_dim,
+                              HFH_WEIGHT_PARAMETERS) {
+  const VirtualWeight weight =
+      checked_coordinates(pool, theta, num_embeddings, embedding_dim, {HFH_WEIGHT_ARGUMENTS});
+  return cuda::why_not_lookup(weight, embedding_dim);
+}
+
+std::string why_not_embedding_bag(const at::Tensor& pool, const at::Tensor& theta,
+                                  int64_t num_embeddings, int64_t embedding_dim,
+                                  c10::string_view mode, HFH_WEIGHT_PARAMETERS) {
+  const std::string reason = cuda::why_not_mode(std::string(mode));
+  return reason.empty()
+             ? why_not_embedding(pool, theta, num_embeddings, embedding_dim, HFH_WEIGHT_ARGUMENTS)
+             : reason;
+}
+
 at::Tensor embedding(const at::Tensor& indices, const at::Tensor& pool, const at::Tensor& theta,
                      const OptionalTensor& dense, const OptionalTensor& permutation,
                      int64_t num_embeddings, int64_t embedding_dim, int64_t padding_idx,
