@@ -232,6 +232,14 @@ def test_refusals(options: dict[str, Any], reason: str) -> None:
         linear(layer, on_device(layer.arguments()), "cuda")
 
 
+@pytest.mark.parametrize("batch", [2, 40])
+def test_rounds_a_small_float32_pool(batch: int) -> None:
+    layer = sample("rounded", batch=(batch,), pool_size=640, dtype=FLOAT16)
+    layer = dataclasses.replace(layer, pool_dtype=torch.float32)
+    check_linear(layer, "cuda")
+    test_backward_input(layer)
+
+
 def test_refuses_mixed_dtypes() -> None:
     layer = dataclasses.replace(sample("mixed"), pool_dtype=torch.float32)
     with pytest.raises(RuntimeError, match="input and pool must both be bfloat16 or both float16"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -34,6 +36,20 @@ def test_out_of_range() -> None:
             run_operator(EVERYTHING, leaves, torch.tensor([7]))
     finally:
         permutation[7] = 0
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_out_of_range_is_asserted() -> None:
+    """In a process of its own, which loses the device."""
+    script = """
+import torch
+from hfh_kernels.nn import HFHEmbedding, Pool
+table = HFHEmbedding(500, 70, pool=Pool(640), backend="cuda").cuda()
+table(torch.tensor([3, 500]).cuda()).cpu()
+"""
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert outcome.returncode != 0
+    assert "indices must be in [0, num_embeddings)" in outcome.stdout + outcome.stderr
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels assert, and the device is lost")

@@ -57,7 +57,7 @@ SAMPLES = [
         )
         for dtype, blocks in ((BFLOAT16, (16, 64, 256)), (FLOAT16, (32, 64, 128)))
         for block, num_hashes, batch in zip(
-            (*blocks, *blocks[:1]), (1, 2, 4, 8), (8, 4, 2, 1), strict=True
+            (*blocks, *blocks[:1]), (1, 2, 4, 7), (8, 4, 2, 1), strict=True
         )
     ],
     *[
@@ -178,7 +178,6 @@ def test_infinite_slots_reach_the_rows_that_draw_them() -> None:
         ({"dtype": torch.float32}, "of one type"),
         ({"pool_dtype": FLOAT16}, "of one type"),
         ({"reconstruction": Reconstruction(depth=2, width=4)}, "not depth 2"),
-        ({"hash_spec": spec(64, 20, num_hashes=3)}, "1, 2, 4 or 8 hashes, not 3"),
         ({"hash_spec": spec(8, 20)}, "blocks of 16 and more, not 8"),
         ({"hash_spec": spec(64, 513)}, "at most 512 blocks of 64, not 513"),
         ({"hash_spec": spec(256, 200)}, "at most 128 blocks of 256, not 200"),

@@ -281,6 +281,7 @@ class TileMaker {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
+        if (e % 2 == 0) __syncwarp();
         const uint32_t at = col + e, key = weight_key(keys.key[i], at >> hash_.log2_block);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {

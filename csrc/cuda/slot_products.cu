@@ -24,7 +24,6 @@ constexpr int kSums = 16;               // that a lane keeps
 constexpr int kMaxBatch = 8;
 constexpr int64_t kMaxParts = 64;
 constexpr int kMaxRows = kSums * kWarps;  // of a thread block
-constexpr int kMaxMixedHashes = 8;
 constexpr int kMinBlock = 16;
 constexpr int kUnit = 8;  // numbers of a 16-byte access
 
@@ -45,11 +44,17 @@ struct Arguments {
 HFH_HOST_DEVICE constexpr int tiles_of_warp(int block) { return block <= 64 ? 4 : 256 / block; }
 constexpr int max_slots(int block) { return tiles_of_warp(block) * kWarps * kTile; }
 
+/// hash_lane and the mixing weight.
+struct HashFunction {
+  uint32_t lane;
+  float mix;
+};
+
 struct SharedMemory {
-  float* products;     // [2][slots][kHalfWords]
-  char* inputs;        // two buffers
-  uint32_t* row_keys;  // [kMaxRows]
-  float* mix;          // [kMaxMixedHashes]
+  float* products;       // [2][slots][kHalfWords]
+  char* inputs;          // two buffers
+  uint32_t* row_keys;    // [kMaxRows]
+  HashFunction* hashes;  // [kMaxHashes]
 };
 
 HFH_HOST_DEVICE constexpr size_t input_bytes(int block) {
@@ -62,7 +67,7 @@ HFH_HOST_DEVICE uint32_t padded_slots(uint32_t slots) {
 
 size_t shared_bytes(uint32_t slots, int block) {
   return padded_slots(slots) * kWords * sizeof(float) + 2 * input_bytes(block) +
-         kMaxRows * sizeof(uint32_t) + kMaxMixedHashes * sizeof(float);
+         kMaxRows * sizeof(uint32_t) + kMaxHashes * sizeof(HashFunction);
 }
 
 __device__ __forceinline__ SharedMemory carve_shared(uint32_t slots, int block) {
@@ -70,7 +75,7 @@ __device__ __forceinline__ SharedMemory carve_shared(uint32_t slots, int block) 
   shared.products = reinterpret_cast<float*>(shared_memory());
   shared.inputs = shared_memory() + padded_slots(slots) * kWords * sizeof(float);
   shared.row_keys = reinterpret_cast<uint32_t*>(shared.inputs + 2 * input_bytes(block));
-  shared.mix = reinterpret_cast<float*>(shared.row_keys + kMaxRows);
+  shared.hashes = reinterpret_cast<HashFunction*>(shared.row_keys + kMaxRows);
   return shared;
 }
 
@@ -107,23 +112,25 @@ struct SlotOperands {
                                        int end) {
     const HashParams& hash = weight.hash;
     const int m = threadIdx.x % kWarpSize / 4, q = threadIdx.x % 4;
-    const auto* pool = static_cast<const uint16_t*>(weight.pool) + (kBlock == 16 ? 4 : 8) * q;
+    const auto* pool = static_cast<const char*>(weight.pool);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t draw = tile(i) * kTile + half * 8 + m;
         const uint32_t slot = base + (draw < hash.draw_slots ? draw : 0);
-        const uint16_t* row =
-            pool + size_t{slot >= hash.num_slots ? slot - hash.num_slots : slot} * kBlock;
+        // Bytes: fewer than 2^32, as the pool has fewer than 2^31 numbers.
+        const uint32_t row =
+            (slot >= hash.num_slots ? slot - hash.num_slots : slot) * (2 * kBlock) +
+            (kBlock == 16 ? 8 : 16) * q;
         if constexpr (kBlock == 16) {
-          const uint2 loaded = *reinterpret_cast<const uint2*>(row);
+          const uint2 loaded = *reinterpret_cast<const uint2*>(pool + row);
           words[i][0][half] = loaded.x;
           words[i][0][half + 2] = loaded.y;
         } else {
 #pragma unroll
           for (int step = 0; step < kSteps; step += 2) {
-            const uint4 loaded = *reinterpret_cast<const uint4*>(row + 16 * step);
+            const uint4 loaded = *reinterpret_cast<const uint4*>(pool + row + 32 * step);
             words[i][step][half] = loaded.x;
             words[i][step][half + 2] = loaded.y;
             words[i][step + 1][half] = loaded.z;
@@ -132,7 +139,8 @@ struct SlotOperands {
         }
       }
     }
-    if (begin == 0 && end == kBlock) return;
+    // Also of whole blocks: the loads' registers are not in the operands' order, and the compiler
+    // would move them for each use.
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -170,7 +178,7 @@ __device__ __forceinline__ void stage_inputs(const Arguments& args, const Column
                                              int first, char* buffer) {
   constexpr int kUnits = kBlock / kUnit;
   const SlotProductsLinear& linear = args.linear;
-#pragma unroll
+#pragma unroll 1
   for (unsigned begin = 0; begin < kWords * kUnits; begin += kThreads) {
     const unsigned i = begin + threadIdx.x;
     if (kWords * kUnits < kThreads && i >= kWords * kUnits) break;
@@ -187,16 +195,37 @@ __device__ __forceinline__ void stage_inputs(const Arguments& args, const Column
       copy_async16(to, from);
       continue;
     }
-    uint32_t pairs[4] = {};
-#pragma unroll
+    auto* numbers = reinterpret_cast<uint16_t*>(to);
+#pragma unroll 1
     for (int j = 0; j < kUnit; ++j) {
-      if (wanted && column + j >= 0 && column + j < linear.in_features) {
-        pairs[j / 2] |= uint32_t{from[j]} << (16 * (j % 2));
-      }
+      const bool inside = wanted && column + j >= 0 && column + j < linear.in_features;
+      numbers[j] = inside ? from[j] : uint16_t{0};
     }
-    *reinterpret_cast<uint4*>(to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
   copy_async_commit();
+}
+
+/// Operand "b" of a tile of eight words, for some steps of 16 columns.
+template <int kBlock, int kCount>
+__device__ __forceinline__ void load_operands(const char* inputs, int tile, int first, int lane,
+                                              uint32_t (&b)[kCount][2]) {
+  if constexpr (kBlock == 16) {
+    const uint2 loaded =
+        *reinterpret_cast<const uint2*>(inputs + (tile * kWarpSize + lane) * sizeof(uint2));
+    b[0][0] = loaded.x;
+    b[0][1] = loaded.y;
+  } else {
+#pragma unroll
+    for (int step = 0; step < kCount; step += 2) {
+      const int row = tile * (kBlock / 32) + (first + step) / 2;
+      const uint4 loaded =
+          *reinterpret_cast<const uint4*>(inputs + (row * kWarpSize + lane) * sizeof(uint4));
+      b[step][0] = loaded.x;
+      b[step][1] = loaded.y;
+      b[step + 1][0] = loaded.z;
+      b[step + 1][1] = loaded.w;
+    }
+  }
 }
 
 /// The products of a chunk and all slots.
@@ -205,62 +234,54 @@ __device__ __forceinline__ void multiply_slots(const SlotOperands<kBlock>& slots
                                                uint32_t num_slots, const char* inputs,
                                                const SharedMemory& shared) {
   using Operands = SlotOperands<kBlock>;
-  constexpr int kSteps = Operands::kSteps;
+  constexpr int kSteps = Operands::kSteps, kStepsAtOnce = kSteps > 4 ? 2 : kSteps;
   const int lane = threadIdx.x % kWarpSize, m = lane / 4, q = lane % 4;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    uint32_t b[2][kSteps][2];
+    float* products = products_of(shared, num_slots, half) + m * kHalfWords + 4 * q;
+    float d[Operands::kTiles][2][4] = {};
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if constexpr (kBlock == 16) {
-        const uint2 loaded =
-            *reinterpret_cast<const uint2*>(inputs + ((2 * half + j) * kWarpSize + lane) * 8);
-        b[j][0][0] = loaded.x;
-        b[j][0][1] = loaded.y;
-      } else {
+    for (int first = 0; first < kSteps; first += kStepsAtOnce) {
+      uint32_t b[2][kStepsAtOnce][2];
 #pragma unroll
-        for (int step = 0; step < kSteps; step += 2) {
-          const int row = (2 * half + j) * (kSteps / 2) + step / 2;
-          const uint4 loaded =
-              *reinterpret_cast<const uint4*>(inputs + (row * kWarpSize + lane) * 16);
-          b[j][step][0] = loaded.x;
-          b[j][step][1] = loaded.y;
-          b[j][step + 1][0] = loaded.z;
-          b[j][step + 1][1] = loaded.w;
+      for (int j = 0; j < 2; ++j) {
+        load_operands<kBlock>(inputs, 2 * half + j, first, lane, b[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < Operands::kTiles; ++i) {
+        const int tile = Operands::tile(i);
+        if (static_cast<uint32_t>(tile * kTile) >= num_slots) break;
+#pragma unroll
+        for (int step = 0; step < kStepsAtOnce; ++step) {
+          multiply_add_k16<Number>(d[i][0], slots.words[i][first + step], b[0][step]);
+          multiply_add_k16<Number>(d[i][1], slots.words[i][first + step], b[1][step]);
         }
+        if (first + kStepsAtOnce < kSteps) continue;
+        float* to = products + tile * kTile * kHalfWords;
+        *reinterpret_cast<float4*>(to) =
+            make_float4(d[i][0][0], d[i][0][1], d[i][1][0], d[i][1][1]);
+        *reinterpret_cast<float4*>(to + 8 * kHalfWords) =
+            make_float4(d[i][0][2], d[i][0][3], d[i][1][2], d[i][1][3]);
       }
-    }
-    float* products = products_of(shared, num_slots, half);
-#pragma unroll
-    for (int i = 0; i < Operands::kTiles; ++i) {
-      const int tile = Operands::tile(i);
-      if (static_cast<uint32_t>(tile * kTile) >= num_slots) break;
-      float d[2][4] = {};
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        multiply_add_k16<Number>(d[0], slots.words[i][step], b[0][step]);
-        multiply_add_k16<Number>(d[1], slots.words[i][step], b[1][step]);
-      }
-      float* to = products + (tile * kTile + m) * kHalfWords + 4 * q;
-      *reinterpret_cast<float4*>(to) = make_float4(d[0][0], d[0][1], d[1][0], d[1][1]);
-      *reinterpret_cast<float4*>(to + 8 * kHalfWords) =
-          make_float4(d[0][2], d[0][3], d[1][2], d[1][3]);
     }
   }
 }
 
+/// Neighbouring products; of eight, those of one half of 32 bytes first.
 template <int kCount>
-__device__ __forceinline__ void load_floats(const float* from, float (&to)[kCount]) {
+__device__ __forceinline__ void load_products(const char* products, uint32_t offset,
+                                              float (&to)[kCount]) {
   if constexpr (kCount == 1) {
-    to[0] = *from;
+    to[0] = *reinterpret_cast<const float*>(products + offset);
   } else if constexpr (kCount == 2) {
-    const float2 loaded = *reinterpret_cast<const float2*>(from);
+    const float2 loaded = *reinterpret_cast<const float2*>(products + offset);
     to[0] = loaded.x;
     to[1] = loaded.y;
   } else {
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      const float4 loaded = *reinterpret_cast<const float4*>(from + i);
+      const float4 loaded =
+          *reinterpret_cast<const float4*>(products + (offset ^ i * sizeof(float)));
       to[i] = loaded.x;
       to[i + 1] = loaded.y;
       to[i + 2] = loaded.z;
@@ -278,56 +299,118 @@ struct Lanes {
   __device__ __forceinline__ static int row(int pass) {
     return pass * kWarps * kBatch + threadIdx.x / kBlocks;
   }
+  /// Whether the lane reads its eight products from the middle: every other row's lanes, so that
+  /// eight lanes read from all banks.
+  __device__ __forceinline__ static bool swaps() {
+    return kBatch == 8 && threadIdx.x / kBlocks % 2 == 1;
+  }
   /// The first of the warp's rows: the same for its lanes.
   __device__ __forceinline__ static int warp_row(int pass) {
     return (pass * kWarps + threadIdx.x / kWarpSize) * kBatch;
   }
 };
 
-/// sums[pass][sample] += the products that a lane's row and column block draw.
+/// sums[pass][sample] += the products that a lane's row and column block draw; of lanes with
+/// Lane::swaps(), samples 4 and on come first. kHashes is 0 for any number.
 template <int kHashes, int kBatch>
 __device__ __forceinline__ void add_products(const HashParams& hash, const SharedMemory& shared,
                                              int rows, uint32_t block,
                                              float (&sums)[Lanes<kBatch>::kPasses][kBatch]) {
   using Lane = Lanes<kBatch>;
-  const int word = Lane::block() * kBatch;
+  const int word = Lane::block() * kBatch + (Lane::swaps() ? 4 : 0);
   const auto first_product =
       static_cast<uint32_t>(products_of(shared, hash.draw_slots, word / kHalfWords) +
                             word % kHalfWords - shared.products);
   const auto* products = reinterpret_cast<const char*>(shared.products);
-  float mix[kHashes];
+  const auto add = [&](uint32_t key, uint32_t lane, float mix, float (&sum)[kBatch]) {
+    const Draw<uint32_t> drawn = draw_in_window(key, lane, hash);
+    const float factor = __uint_as_float(__float_as_uint(mix) ^ drawn.sign);
+    const uint32_t offset =
+        multiply_add(drawn.slot, kHalfWords * sizeof(float), first_product * sizeof(float));
+    float product[kBatch];
+    load_products(products, offset, product);
 #pragma unroll
-  for (int u = 0; u < kHashes; ++u) mix[u] = shared.mix[u];
+    for (int sample = 0; sample < kBatch; ++sample) {
+      sum[sample] = fmaf(factor, product[sample], sum[sample]);
+    }
+  };
+  float mix[kHashes > 0 ? kHashes : 1];
+#pragma unroll
+  for (int u = 0; u < kHashes; ++u) mix[u] = shared.hashes[u].mix;
 #pragma unroll
   for (int pass = 0; pass < Lane::kPasses; ++pass) {
     if (Lane::warp_row(pass) >= rows) break;
     const uint32_t key = weight_key(shared.row_keys[Lane::row(pass)], block);
+    if constexpr (kHashes > 0) {
 #pragma unroll
-    for (int u = 0; u < kHashes; ++u) {
-      const Draw<uint32_t> drawn = draw_in_window(key, hash_lane(u), hash);
-      const float factor = __uint_as_float(__float_as_uint(mix[u]) ^ drawn.sign);
-      float product[kBatch];
-      const uint32_t offset =
-          multiply_add(drawn.slot, kHalfWords * sizeof(float), first_product * sizeof(float));
-      load_floats(reinterpret_cast<const float*>(products + offset), product);
-#pragma unroll
-      for (int sample = 0; sample < kBatch; ++sample) {
-        sums[pass][sample] = fmaf(factor, product[sample], sums[pass][sample]);
+      for (int u = 0; u < kHashes; ++u) add(key, hash_lane(u), mix[u], sums[pass]);
+    } else {
+#pragma unroll 1
+      for (int u = 0; u < hash.num_hashes; ++u) {
+        const HashFunction function = shared.hashes[u];
+        add(key, function.lane, function.mix, sums[pass]);
       }
     }
   }
 }
 
+template <int kBatch>
+__device__ __forceinline__ void add_drawn_products(const HashParams& hash,
+                                                   const SharedMemory& shared, int rows,
+                                                   uint32_t block,
+                                                   float (&sums)[Lanes<kBatch>::kPasses][kBatch]) {
+  // Eight samples leave too few registers to unroll, and hide the loop.
+  if constexpr (kBatch < 8) {
+    switch (hash.num_hashes) {
+      case 1:
+        return add_products<1, kBatch>(hash, shared, rows, block, sums);
+      case 2:
+        return add_products<2, kBatch>(hash, shared, rows, block, sums);
+      case 4:
+        return add_products<4, kBatch>(hash, shared, rows, block, sums);
+    }
+  }
+  add_products<0, kBatch>(hash, shared, rows, block, sums);
+}
+
+/// What a thread block computes.
+struct Task {
+  int part;
+  int64_t first_row;  // counted from the layer's first
+  int rows;
+
+  __device__ __forceinline__ uint32_t logical_row(const Arguments& args) const {
+    return args.weight.row_offset + static_cast<uint32_t>(first_row);
+  }
+};
+
+/// Cheap enough to ask again instead of keeping it in registers: of opaque(blockIdx.x).
+__device__ __forceinline__ Task task_of(const Arguments& args, uint32_t thread_block) {
+  const int64_t window_rows = args.weight.hash.rows_per_window;
+  const uint32_t unit = thread_block / args.plan.num_parts;
+  const int64_t window = unit / args.plan.groups_per_window;
+  const int64_t group = unit % args.plan.groups_per_window;
+  int64_t begin = 0, end = args.linear.out_features;
+  if (window_rows > 0) {
+    begin = (args.weight.row_offset / window_rows + window) * window_rows - args.weight.row_offset;
+    end = min(end, begin + window_rows);
+  }
+  begin += group * args.plan.rows_per_group;
+  end = min(end, begin + args.plan.rows_per_group);
+  begin = max(begin, int64_t{0});
+  return {static_cast<int>(thread_block % args.plan.num_parts), begin,
+          static_cast<int>(max(end - begin, int64_t{0}))};
+}
+
 /// Adds up the sums of the lanes that share rows, and writes them.
 template <class Number, int kBatch>
-__device__ __forceinline__ void write_sums(const Arguments& args, int64_t first_row, int rows,
-                                           int part,
+__device__ __forceinline__ void write_sums(const Arguments& args, const Task& task,
                                            float (&sums)[Lanes<kBatch>::kPasses][kBatch]) {
   using Lane = Lanes<kBatch>;
   const SlotProductsLinear& linear = args.linear;
 #pragma unroll
   for (int pass = 0; pass < Lane::kPasses; ++pass) {
-    if (Lane::warp_row(pass) >= rows) break;
+    if (Lane::warp_row(pass) >= task.rows) break;
 #pragma unroll
     for (int sample = 0; sample < kBatch; ++sample) {
       float sum = sums[pass][sample];
@@ -335,11 +418,12 @@ __device__ __forceinline__ void write_sums(const Arguments& args, int64_t first_
       for (int distance = Lane::kBlocks / 2; distance > 0; distance /= 2) {
         sum += __shfl_xor_sync(kFullWarp, sum, distance);
       }
-      if (Lane::block() != 0 || Lane::row(pass) >= rows || sample >= linear.batch) continue;
-      const int64_t row = first_row + Lane::row(pass);
-      const int64_t to = sample * linear.out_features + row;
+      const int64_t input = sample ^ (Lane::swaps() ? 4 : 0);
+      if (Lane::block() != 0 || Lane::row(pass) >= task.rows || input >= linear.batch) continue;
+      const int64_t row = task.first_row + Lane::row(pass);
+      const int64_t to = input * linear.out_features + row;
       if (args.parts != nullptr) {
-        args.parts[part * linear.batch * linear.out_features + to] = sum;
+        args.parts[task.part * linear.batch * linear.out_features + to] = sum;
       } else {
         if (linear.bias != nullptr) sum += to_float(static_cast<const Number*>(linear.bias)[row]);
         static_cast<Number*>(linear.output)[to] = from_float<Number>(sum);
@@ -348,93 +432,54 @@ __device__ __forceinline__ void write_sums(const Arguments& args, int64_t first_
   }
 }
 
-/// The rows of a thread block, counted from the layer's first.
-struct Rows {
-  int64_t first;
-  int count;
-};
-
-HFH_HOST_DEVICE Rows rows_of(const Arguments& args, int64_t window, int group) {
-  const HashParams& hash = args.weight.hash;
-  const int64_t window_rows =
-      hash.rows_per_window == 0 ? args.linear.out_features : int64_t{hash.rows_per_window};
-  const int64_t window_row =
-      hash.rows_per_window == 0
-          ? 0
-          : (args.weight.row_offset / window_rows + window) * window_rows - args.weight.row_offset;
-  const int64_t begin = window_row + int64_t{group} * args.plan.rows_per_group;
-  const int64_t group_end = begin + args.plan.rows_per_group;
-  const int64_t window_end = window_row + window_rows;
-  int64_t end = group_end < window_end ? group_end : window_end;
-  if (end > args.linear.out_features) end = args.linear.out_features;
-  const int64_t first = begin > 0 ? begin : 0;
-  return {first, static_cast<int>(end > first ? end - first : 0)};
-}
-
 template <class Number, int kBlock, int kBatch>
 __global__ void __launch_bounds__(kThreads, 2) slot_products_kernel(const Arguments args) {
   using Lane = Lanes<kBatch>;
   const HashParams& hash = args.weight.hash;
-  const int part = blockIdx.x % args.plan.num_parts;
-  const unsigned unit = blockIdx.x / args.plan.num_parts;
-  const Rows rows =
-      rows_of(args, unit / args.plan.groups_per_window, unit % args.plan.groups_per_window);
-  if (rows.count == 0) return;
-  const auto first_row = static_cast<uint32_t>(args.weight.row_offset + rows.first);
+  const Task task = task_of(args, blockIdx.x);
+  if (task.rows == 0) return;
   const SharedMemory shared = carve_shared(hash.draw_slots, kBlock);
   if (threadIdx.x < kMaxRows) {
-    shared.row_keys[threadIdx.x] = row_key(first_row + threadIdx.x, hash.seed);
+    shared.row_keys[threadIdx.x] = row_key(task.logical_row(args) + threadIdx.x, hash.seed);
   }
   if (threadIdx.x < static_cast<unsigned>(hash.num_hashes)) {
-    shared.mix[threadIdx.x] = theta_value(args.weight, threadIdx.x);
+    const int u = threadIdx.x;
+    shared.hashes[u] = {hash_lane(u), theta_value(args.weight, u)};
   }
-  const uint32_t base = window_base(first_row, hash);
   SlotOperands<kBlock> slots;
   float sums[Lane::kPasses][kBatch] = {};
-  const bool last_part = part == args.plan.num_parts - 1;
+  const bool last_part = task.part == args.plan.num_parts - 1;
 #pragma unroll 1
   for (int piece = 0; piece < (last_part ? 3 : 1); ++piece) {
+    const Task piece_task = task_of(args, opaque(blockIdx.x));
     const ColumnBlocks blocks = piece == 0 ? args.whole : args.partial[piece - 1];
     const int per_part = args.plan.chunks_per_part * Lane::kBlocks;
-    const int begin = piece == 0 ? part * per_part : 0;
+    const int begin = piece == 0 ? piece_task.part * per_part : 0;
     const int end = piece == 0 && !last_part ? begin + per_part : blocks.count;
     if (begin >= end) continue;
+    const auto buffer_of = [&](int chunk) {
+      return shared.inputs + chunk / Lane::kBlocks % 2 * input_bytes(kBlock);
+    };
     __syncthreads();
-    int buffer = 0;
-    stage_inputs<kBlock, kBatch>(args, blocks, begin, shared.inputs);
-    slots.load(args.weight, base, blocks.begin, blocks.end);
+    stage_inputs<kBlock, kBatch>(args, blocks, begin, buffer_of(begin));
+    slots.load(args.weight, window_base(piece_task.logical_row(args), hash), blocks.begin,
+               blocks.end);
 #pragma unroll 1
     for (int first = begin; first < end; first += Lane::kBlocks) {
-      const char* inputs = shared.inputs + buffer * input_bytes(kBlock);
-      buffer ^= 1;
+      const int next = first + Lane::kBlocks;
       copy_async_wait<0>();
       __syncthreads();
-      if (first + Lane::kBlocks < end) {
-        stage_inputs<kBlock, kBatch>(args, blocks, first + Lane::kBlocks,
-                                     shared.inputs + buffer * input_bytes(kBlock));
-      }
-      multiply_slots<Number, kBlock>(slots, hash.draw_slots, inputs, shared);
+      if (next < end) stage_inputs<kBlock, kBatch>(args, blocks, next, buffer_of(next));
+      multiply_slots<Number, kBlock>(slots, hash.draw_slots, buffer_of(first), shared);
       __syncthreads();
       const int block = first + Lane::block();
       // The products of blocks that are not the layer's may be NaN.
       if (block >= blocks.count) continue;
       const auto logical_block = static_cast<uint32_t>(blocks.first + block);
-      switch (hash.num_hashes) {
-        case 1:
-          add_products<1, kBatch>(hash, shared, rows.count, logical_block, sums);
-          break;
-        case 2:
-          add_products<2, kBatch>(hash, shared, rows.count, logical_block, sums);
-          break;
-        case 4:
-          add_products<4, kBatch>(hash, shared, rows.count, logical_block, sums);
-          break;
-        default:
-          add_products<8, kBatch>(hash, shared, rows.count, logical_block, sums);
-      }
+      add_drawn_products<kBatch>(hash, shared, task.rows, logical_block, sums);
     }
   }
-  write_sums<Number, kBatch>(args, rows.first, rows.count, part, sums);
+  write_sums<Number, kBatch>(args, task_of(args, opaque(blockIdx.x)), sums);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -502,10 +547,6 @@ std::string why_not_slot_products(const DeviceWeight& weight, const SlotProducts
   }
   if (weight.reconstruct.depth != 1) {
     return "slot products need a linear network, not depth " + number(weight.reconstruct.depth);
-  }
-  const int hashes = hash.num_hashes;
-  if (hashes != 1 && hashes != 2 && hashes != 4 && hashes != 8) {
-    return "slot products need 1, 2, 4 or 8 hashes, not " + number(hashes);
   }
   if (block < kMinBlock) {
     return "slot products need blocks of " + number(kMinBlock) + " and more, not " + number(block);

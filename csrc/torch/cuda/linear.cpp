@@ -63,59 +63,72 @@ void multiply_panels(const CheckedDeviceWeight& weight, const LayerSize& size,
 enum class LinearKernel { kNone, kSlotProducts, kTiles, kPanels };
 
 struct Product {
-  const CheckedDeviceWeight& weight;
+  cuda::DeviceWeight weight;
   LayerSize size;
   int64_t batch;
-  at::ScalarType dtype;
+  DType dtype;
 };
 
+/// Whether the kernels read a copy of a float32 pool in the input's dtype, as autocast reads
+/// weights: where the copy is little beside the weights that it makes.
+bool rounds_pool(const at::Tensor& pool, const at::Tensor& input, const LayerSize& size) {
+  return pool.scalar_type() == at::kFloat && at::isReducedFloatingType(input.scalar_type()) &&
+         pool.numel() <= size.out_features * size.in_features / 8;
+}
+
+/// The pool as the kernels of a product read it.
+at::Tensor elements_of(const at::Tensor& pool, const at::Tensor& input, const LayerSize& size) {
+  return rounds_pool(pool, input, size) ? pool.to(input.scalar_type()) : pool;
+}
+
+/// A product of `input` as it will be, before any copy is made.
+Product product_of(const at::Tensor& input, const at::Tensor& pool, const LayerSize& size,
+                   const CheckedDeviceWeight& weight) {
+  const int64_t batch = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  const DType dtype = checked_device_dtype(input, "input");
+  Product product{weight.get(), size, batch, dtype};
+  if (rounds_pool(pool, input, size)) product.weight.pool_dtype = dtype;
+  return product;
+}
+
 cuda::SlotProductsLinear slot_products_of(const Product& product) {
-  const DType dtype = product.dtype == at::kBFloat16 ? DType::kBFloat16
-                      : product.dtype == at::kHalf   ? DType::kFloat16
-                                                     : DType::kFloat32;
-  return {nullptr,
-          nullptr,
-          nullptr,
-          dtype,
-          product.batch,
-          product.size.in_features,
-          product.size.out_features};
+  cuda::SlotProductsLinear linear{};
+  linear.dtype = product.dtype;
+  linear.batch = product.batch;
+  linear.in_features = product.size.in_features;
+  linear.out_features = product.size.out_features;
+  return linear;
 }
 
 std::string why_not_panels(const Product& product) {
-  const cuda::DeviceWeight& weight = product.weight.get();
-  if (slot_products_of(product).dtype != weight.pool_dtype) {
-    return "input and pool must both be bfloat16 or both float16";
+  if (product.dtype != product.weight.pool_dtype) {
+    return "input and pool must both be bfloat16 or both float16, or pool float32 and at most 1/8 "
+           "of the weight";
   }
-  return cuda::why_not_panel(weight, product.size);
+  return cuda::why_not_panel(product.weight, product.size);
 }
 
 /// Why a kernel cannot run; empty where it can.
 std::string why_not(LinearKernel kernel, const Product& product) {
-  const cuda::DeviceWeight& weight = product.weight.get();
   if (kernel == LinearKernel::kSlotProducts) {
-    return cuda::why_not_slot_products(weight, slot_products_of(product));
+    return cuda::why_not_slot_products(product.weight, slot_products_of(product));
   }
   const std::string reason = why_not_panels(product);
   if (!reason.empty() || kernel == LinearKernel::kPanels) return reason;
-  return cuda::why_not_linear_small(weight, product.size, product.batch);
+  return cuda::why_not_linear_small(product.weight, product.size, product.batch);
 }
 
 /// The kernel that is expected to be fastest of those that can run; kNone and why there is none.
 LinearKernel choose(const Product& product, std::string& reason) {
   const bool slots = why_not(LinearKernel::kSlotProducts, product).empty();
   reason = why_not(LinearKernel::kPanels, product);
-  if (slots && (!reason.empty() || cuda::slot_products_win(product.weight.get().hash, product.batch,
+  if (slots && (!reason.empty() || cuda::slot_products_win(product.weight.hash, product.batch,
                                                            product.size.out_features))) {
     return LinearKernel::kSlotProducts;
   }
   if (!reason.empty()) return LinearKernel::kNone;
   return why_not(LinearKernel::kTiles, product).empty() ? LinearKernel::kTiles
                                                         : LinearKernel::kPanels;
-}
-
-int64_t rows_of(const at::Tensor& tensor) {
-  return c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
 }
 
 constexpr std::pair<std::string_view, LinearKernel> kNamed[] = {
@@ -149,10 +162,10 @@ std::string why_not_automatic(c10::string_view backend) {
 std::string why_not_linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
                            int64_t out_features, HFH_WEIGHT_PARAMETERS) {
   check_input(input, "input", pool);
-  const CheckedDeviceWeight weight(pool, theta, out_features, input.size(-1),
+  const LayerSize size{out_features, input.size(-1)};
+  const CheckedDeviceWeight weight(pool, theta, out_features, size.in_features,
                                    {HFH_WEIGHT_ARGUMENTS});
-  const Product product{weight, {out_features, input.size(-1)}, rows_of(input),
-                        input.scalar_type()};
+  const Product product = product_of(input, pool, size, weight);
   for (const auto& [name, kernel] : kNamed) {
     if (backend == name) return why_not(kernel, product);
   }
@@ -166,10 +179,10 @@ std::string why_not_linear_backward_input(const at::Tensor& grad_output, const a
                                           const at::Tensor& theta, int64_t in_features,
                                           HFH_WEIGHT_PARAMETERS) {
   check_input(grad_output, "grad_output", pool);
-  const int64_t out_features = grad_output.size(-1);
-  const CheckedDeviceWeight weight(pool, theta, out_features, in_features, {HFH_WEIGHT_ARGUMENTS});
-  const std::string reason = why_not_panels(
-      {weight, {out_features, in_features}, rows_of(grad_output), grad_output.scalar_type()});
+  const LayerSize size{grad_output.size(-1), in_features};
+  const CheckedDeviceWeight weight(pool, theta, size.out_features, in_features,
+                                   {HFH_WEIGHT_ARGUMENTS});
+  const std::string reason = why_not_panels(product_of(grad_output, pool, size, weight));
   return reason.empty() ? why_not_automatic(backend) : reason;
 }
 
@@ -179,8 +192,10 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Ten
   check_input(input, "input", pool);
   TORCH_CHECK_VALUE(out_features >= 0, "out_features must not be negative, received ",
                     out_features);
-  const CheckedDeviceWeight weight(pool, theta, out_features, input.size(-1),
-                                   {HFH_WEIGHT_ARGUMENTS});
+  const LayerSize size{out_features, input.size(-1)};
+  const CheckedDeviceWeight weight(elements_of(pool, input, size), theta, out_features,
+                                   size.in_features, {HFH_WEIGHT_ARGUMENTS});
+  const Product product = product_of(input, pool, size, weight);
   const at::Tensor bias_tensor = bias.has_value() ? bias->contiguous() : at::Tensor();
   if (bias_tensor.defined()) {
     check_same_device(bias_tensor, "bias", input, "input");
@@ -190,15 +205,12 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Ten
   sizes.back() = out_features;
   at::Tensor out = at::empty(sizes, input.options());
   if (out.numel() == 0) return out;
-  const LayerSize size{out_features, input.size(-1)};
-  const int64_t batch = rows_of(input);
-  at::Tensor out_matrix = out.view({batch, out_features});
+  at::Tensor out_matrix = out.view({product.batch, out_features});
   if (size.in_features == 0) {
     out_matrix.zero_();
     if (bias_tensor.defined()) out_matrix.add_(bias_tensor);
     return out;
   }
-  const Product product{weight, size, batch, input.scalar_type()};
   const LinearKernel kernel = require_kernel(product, backend);
   const StreamScope scope(input);
   const cuda::Device device = cuda::current_device();
@@ -221,12 +233,12 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Ten
     }
     case LinearKernel::kTiles: {
       const int num_parts = cuda::num_parts_of_linear(weight.get(), size, device);
-      const at::Tensor parts = workspace(num_parts * batch * out_features);
+      const at::Tensor parts = workspace(num_parts * product.batch * out_features);
       auto* sums = parts.mutable_data_ptr<float>();
-      cuda::linear_small(weight.get(), size, matrix.const_data_ptr(), batch, num_parts, sums,
-                         device, scope.stream());
-      cuda::sum_parts(sums, num_parts, batch, out_features, bias_data,
-                      slot_products_of(product).dtype, out.mutable_data_ptr(), scope.stream());
+      cuda::linear_small(weight.get(), size, matrix.const_data_ptr(), product.batch, num_parts,
+                         sums, device, scope.stream());
+      cuda::sum_parts(sums, num_parts, product.batch, out_features, bias_data, product.dtype,
+                      out.mutable_data_ptr(), scope.stream());
       break;
     }
     default:
@@ -240,14 +252,15 @@ at::Tensor linear_backward_input(const at::Tensor& grad_output, const at::Tensor
                                  HFH_WEIGHT_PARAMETERS) {
   check_input(grad_output, "grad_output", pool);
   const int64_t out_features = grad_output.size(-1);
-  const CheckedDeviceWeight weight(pool, theta, out_features, in_features, {HFH_WEIGHT_ARGUMENTS});
+  const LayerSize size{out_features, in_features};
+  const CheckedDeviceWeight weight(elements_of(pool, grad_output, size), theta, out_features,
+                                   in_features, {HFH_WEIGHT_ARGUMENTS});
   auto sizes = grad_output.sizes().vec();
   sizes.back() = in_features;
   at::Tensor grad_input = at::empty(sizes, grad_output.options());
   if (grad_input.numel() == 0) return grad_input;
   if (out_features == 0) return grad_input.zero_();
-  const Product product{
-      weight, {out_features, in_features}, rows_of(grad_output), grad_output.scalar_type()};
+  const Product product = product_of(grad_output, pool, size, weight);
   const std::string reason = why_not_panels(product);
   TORCH_CHECK(reason.empty(), "backend 'cuda' cannot run: ", reason);
   const StreamScope scope(grad_output);

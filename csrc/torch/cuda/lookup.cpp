@@ -42,7 +42,6 @@ class CheckedLookup {
                 const WeightArguments& args)
       : pool(pool),
         theta(theta),
-        args(args),
         weight_(pool, theta, checked_size(num_embeddings, "num_embeddings"),
                 checked_size(cols, "embedding_dim"), args),
         indices_(indices.contiguous().view(-1)) {
@@ -86,7 +85,6 @@ class CheckedLookup {
 
   cuda::Lookup lookup;
   at::Tensor pool, theta, dense;  // dense [0, cols] where there is none
-  WeightArguments args;
 
  private:
   CheckedDeviceWeight weight_;
@@ -134,7 +132,7 @@ Gradients gradients_of(const CheckedLookup& checked, const at::Tensor& grad,
   };
   const int64_t num_terms = num_entries * lookup.cols * lookup.weight.hash.num_hashes;
   const GradientSum of_pool(pool, num_terms,
-                            [&] { return largest() * slope_bound(theta, checked.args); });
+                            [&] { return largest() * slope_bound(theta, lookup.weight); });
   const GradientSum of_dense(dense, num_entries, largest);
   const cuda::LookupPlan plan = cuda::plan_lookup_backward(lookup);
   const ReconstructParams& g = lookup.weight.reconstruct;
@@ -144,11 +142,11 @@ Gradients gradients_of(const CheckedLookup& checked, const at::Tensor& grad,
   cuda::lookup_backward(lookup, plan, grad.const_data_ptr(),
                         rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr,
                         shares.defined() ? shares.const_data_ptr<float>() : nullptr,
-                        {{of_pool.sum(), of_pool.units()},
-                         {of_dense.sum(), of_dense.units()},
+                        {{of_pool.data(), of_pool.units()},
+                         {of_dense.data(), of_dense.units()},
                          of_theta.mutable_data_ptr<float>()},
                         stream);
-  return {of_pool.result(), theta_gradient(of_theta, theta, checked.args), of_dense.result()};
+  return {of_pool.result(), theta_gradient(of_theta, theta, lookup.weight), of_dense.result()};
 }
 
 /// The arguments that embedding_bag has beside a look-up's, checked.

@@ -58,6 +58,8 @@ void unpack(uint32_t packed, float& low, float& high) {
   high = from_bits<Number>(packed >> 16);
 }
 
+inline uint32_t opaque(uint32_t x) { return x; }
+
 inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
 
 /// With the error of the instruction: 2^-11 of the result.
@@ -109,6 +111,20 @@ inline uint4 load_streaming(const uint4* from) {
 
 inline void device_assert(bool condition, const char* message) {
   if (!condition) cuda_emulator::fail(message);
+}
+
+/// Every third attempt fails.
+inline bool try_add_shared_vector(float* to, float4 value, float factor) {
+  static thread_local unsigned attempts = 0;
+  if (++attempts % 3 == 0) return false;
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) {
+    cuda_emulator::fail("try_add_shared_vector: misaligned");
+  }
+  to[0] = fmaf(value.x, factor, to[0]);
+  to[1] = fmaf(value.y, factor, to[1]);
+  to[2] = fmaf(value.z, factor, to[2]);
+  to[3] = fmaf(value.w, factor, to[3]);
+  return true;
 }
 
 inline void copy_async16(void* shared, const void* global) {
