@@ -44,7 +44,7 @@ def test_out_of_range_is_asserted() -> None:
     script = """
 import torch
 from hfh_kernels.nn import HFHEmbedding, Pool
-table = HFHEmbedding(500, 70, pool=Pool(640), backend="cuda").cuda()
+table = HFHEmbedding(500, 70, pool=Pool(640)).cuda()
 table(torch.tensor([3, 500]).cuda()).cpu()
 """
     outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
