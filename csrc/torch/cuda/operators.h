@@ -46,6 +46,13 @@ std::tuple<at::Tensor, at::Tensor> linear_backward_weight(const at::Tensor& grad
                                                           const at::Tensor& theta,
                                                           HFH_WEIGHT_PARAMETERS);
 
+/// Why the operators of embeddings, or of bags, have no kernel for a table; empty where they have.
+std::string why_not_embedding(const at::Tensor& pool, const at::Tensor& theta,
+                              int64_t num_embeddings, int64_t embedding_dim, HFH_WEIGHT_PARAMETERS);
+std::string why_not_embedding_bag(const at::Tensor& pool, const at::Tensor& theta,
+                                  int64_t num_embeddings, int64_t embedding_dim,
+                                  c10::string_view mode, HFH_WEIGHT_PARAMETERS);
+
 at::Tensor embedding(const at::Tensor& indices, const at::Tensor& pool, const at::Tensor& theta,
                      const std::optional<at::Tensor>& dense,
                      const std::optional<at::Tensor>& permutation, int64_t num_embeddings,
