@@ -8,11 +8,8 @@ the configurations are those a GPU of that kind would run.
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import json
-import re
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from bench import sass
 from bench.shapes import (
     GPU_CONVOLUTIONS,
     GPU_LINEARS,
@@ -150,10 +148,12 @@ def compile_launch(launch: Launch, call: str, arch: int) -> Compiled:
     options = {key: value for key, value in launch.keywords.items() if key not in names}
     warps = options["num_warps"]
     compiled = triton.compile(source(launch), GPUTarget("cuda", arch, 32), options)
-    sass, usage = _disassembled(compiled.asm["cubin"])
-    instructions, body = _longest_loop(sass)
-    registers, stack = (_number(name, usage) for name in ("REG", "STACK"))
-    kinds = collections.Counter(_opcode(instruction) for instruction in instructions)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        (function,) = sass.functions(Path(file.name))
+    body = function.longest_loop()
+    weights = launch.tile_weights / (warps * 32)
     tiles = {key.removeprefix("TILE_").lower(): launch.keywords[key] for key in launch.keywords
              if key.startswith("TILE_")}  # fmt: skip
     return Compiled(
@@ -162,59 +162,17 @@ def compile_launch(launch: Launch, call: str, arch: int) -> Compiled:
         arch=arch,
         tiles=" ".join(f"{name}{size}" for name, size in tiles.items())
         + f" warps{warps} stages{options['num_stages']}",
-        registers=registers,
-        spilled_bytes=stack if any(_opcode(i) == "STL" for i in instructions) else 0,
+        registers=function.registers,
+        spilled_bytes=function.spilled_bytes,
         shared_bytes=compiled.metadata.shared,
-        loop_instructions=round(len(body) * warps * 32 / launch.tile_weights, 1),
-        instructions=round(len(instructions) * warps * 32 / launch.tile_weights, 1),
-        async_copies=sum("LDGSTS" in instruction and ".128" in instruction for instruction in body),
-        tensor_instructions=kinds["HMMA"] + kinds["HGMMA"] + kinds["UTCHMMA"],
+        loop_instructions=round(len(body) / weights, 1),
+        instructions=round(len(function.instructions) / weights, 1),
+        async_copies=sum(
+            "LDGSTS" in instruction and ".128" in instruction
+            for instruction in function.instructions[body.start : body.stop]
+        ),
+        tensor_instructions=function.count(sass.TENSOR_OPCODES),
     )
-
-
-def _disassembled(binary: bytes) -> tuple[str, str]:
-    """The machine code and cuobjdump's line on resources, by the tools in Triton's wheel."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        return tuple(  # type: ignore[return-value]
-            subprocess.run(
-                [str(tools / tool), *options, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for tool, options in (("nvdisasm", ["-c"]), ("cuobjdump", ["-res-usage"]))
-        )
-
-
-def _number(name: str, usage: str) -> int:
-    found = re.search(rf"{name}:(\d+)", usage)
-    assert found is not None, usage
-    return int(found[1])
-
-
-def _longest_loop(sass: str) -> tuple[list[str], list[str]]:
-    """All instructions, and those between the backward branch that spans most and its target."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        label = re.match(r"\s*(\.L_x_\d+):", line)
-        if label:
-            labels[label[1]] = len(instructions)
-        code = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-        if code:
-            instructions.append(code[1].strip())
-    body: list[str] = []
-    for i, instruction in enumerate(instructions):
-        branch = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction)
-        start = labels.get(branch[1], i) if branch else i
-        # A kernel ends in a branch to itself.
-        if i - start > max(len(body), 1):
-            body = instructions[start : i + 1]
-    return instructions, body or instructions
-
-
-def _opcode(instruction: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split(None, 1)[0].split(".")[0]
 
 
 Calls = dict[str, Callable[[], Any]]

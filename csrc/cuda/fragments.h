@@ -163,36 +163,39 @@ class TileMaker {
   /// row m + 8 i, a pair of columns a word.
   __device__ __forceinline__ void make(const Network<Number, Shape>& g, const RowKeys& keys,
                                        uint32_t col, uint32_t (&value)[2][2][4]) const {
+    if constexpr (kElements) {
+      make_by_columns(g, keys, col, value);
+    } else {
+      make_by_chunks(g, keys, col, value);
+    }
+  }
+
+ private:
+  static constexpr bool kIsShared = kSource == Source::kShared;
+  static constexpr int kSteps = Network<Number, Shape>::kSteps;
+  static constexpr uint32_t kSign = 0x80000000u;
+
+  __device__ __forceinline__ void make_by_chunks(const Network<Number, Shape>& g,
+                                                 const RowKeys& keys, uint32_t col,
+                                                 uint32_t (&value)[2][2][4]) const {
     uint32_t draws[2][kHashes];
 #pragma unroll
     for (int turn = 0; turn < 2; ++turn) {
       const uint32_t from = col + kChunk * chunk(turn);
-      if (!kElements && (turn == 0 || hash_.log2_block < 6)) draw_chunk(keys, from, draws);
+      if (turn == 0 || hash_.log2_block < 6) draw_chunk(keys, from, draws);
       float d[4][4];
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         // Keeps the compiler from gathering more at a time than there are registers for.
         __syncwarp();
         uint32_t a[2][4][4];
-        if constexpr (kElements) {
-          gather_elements(step, keys, from, a);
-        } else {
-          gather(step, from, draws, a);
-        }
+        gather(step, from, draws, a);
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
+          uint32_t of_word[2][4];
 #pragma unroll
-          for (int parity = 0; parity < 2; ++parity) {
-            // In the order of an operand: rows m and m + 8 of elements 0 and 1, then of 2 and 3.
-            uint32_t operand[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int u = i / 2 * 2;
-              operand[i] = __byte_perm(a[i % 2][u][word], a[i % 2][u + 1][word],
-                                       parity == 0 ? 0x5410 : 0x7632);
-            }
-            g.add(step, parity, operand, step + parity == 0 ? g.bias() : d[word], d[word]);
-          }
+          for (int i = 0; i < 8; ++i) of_word[i / 4][i % 4] = a[i / 4][i % 4][word];
+          add_pair(g, step, of_word, d[word]);
         }
       }
 #pragma unroll
@@ -203,10 +206,52 @@ class TileMaker {
     }
   }
 
- private:
-  static constexpr bool kIsShared = kSource == Source::kShared;
-  static constexpr int kSteps = Network<Number, Shape>::kSteps;
-  static constexpr uint32_t kSign = 0x80000000u;
+  /// The same where blocks are smaller than kSharedBlock: every column draws for itself. A pair of
+  /// columns at a time, for that is much work: unrolled, it takes more registers than there are.
+  __device__ __forceinline__ void make_by_columns(const Network<Number, Shape>& g,
+                                                  const RowKeys& keys, uint32_t col,
+                                                  uint32_t (&value)[2][2][4]) const {
+#pragma unroll
+    for (int turn = 0; turn < 2; ++turn) {
+      uint32_t words[2][4] = {};
+#pragma unroll 1
+      for (int word = 0; word < 4; ++word) {
+        float d[4];
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+          uint32_t a[2][4];
+          gather_pair(step, keys, col + kChunk * chunk(turn) + 2 * word, a);
+          add_pair(g, step, a, d);
+        }
+        // A loop cannot index registers: what comes moves the others on.
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int w = 0; w < 3; ++w) words[i][w] = words[i][w + 1];
+          words[i][3] = pack<Number>(d[2 * i], d[2 * i + 1]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) value[i / 4][turn][i % 4] = words[i / 4][i % 4];
+    }
+  }
+
+  /// Adds what elements 4 step to 4 step + 3 contribute to a pair of columns: a[i][k] is element
+  /// 4 step + k of both, of row m + 8 i. In step 0, d begins with g's bias.
+  __device__ __forceinline__ void add_pair(const Network<Number, Shape>& g, int step,
+                                           const uint32_t (&a)[2][4], float (&d)[4]) const {
+#pragma unroll
+    for (int parity = 0; parity < 2; ++parity) {
+      // In the order of an operand: rows m and m + 8 of elements 0 and 1, then of 2 and 3.
+      uint32_t operand[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int u = i / 2 * 2;
+        operand[i] = __byte_perm(a[i % 2][u], a[i % 2][u + 1], parity == 0 ? 0x5410 : 0x7632);
+      }
+      g.add(step, parity, operand, step + parity == 0 ? g.bias() : d, d);
+    }
+  }
 
   /// In shared memory the place of a slot in bytes, that of its negative where the sign is; in the
   /// pool the slot, and the sign as its bit 31.
@@ -274,14 +319,13 @@ class TileMaker {
     }
   }
 
-  /// The same where blocks are smaller than kSharedBlock: every column draws for itself.
-  __device__ __forceinline__ void gather_elements(int step, const RowKeys& keys, uint32_t col,
-                                                  uint32_t (&a)[2][4][4]) const {
+  /// A word of each, of the pair of columns at `col`, which draw for themselves.
+  __device__ __forceinline__ void gather_pair(int step, const RowKeys& keys, uint32_t col,
+                                              uint32_t (&a)[2][4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int e = 0; e < kChunk; ++e) {
-        if (e % 2 == 0) __syncwarp();
+      for (int e = 0; e < 2; ++e) {
         const uint32_t at = col + e, key = weight_key(keys.key[i], at >> hash_.log2_block);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -292,7 +336,7 @@ class TileMaker {
             bits = *reinterpret_cast<const uint16_t*>(from);
             if constexpr (!kIsShared) bits ^= (one & kSign) >> 16;
           }
-          a[i][k][e / 2] = e % 2 == 0 ? bits : a[i][k][e / 2] | bits << 16;
+          a[i][k] = e == 0 ? bits : a[i][k] | bits << 16;
         }
       }
     }

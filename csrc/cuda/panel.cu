@@ -6,7 +6,7 @@ namespace hfh::cuda {
 namespace {
 
 template <class Number, class Shape, Source kSource, bool kElements>
-__global__ void __launch_bounds__(tile_threads<Shape>(kElements), 1)
+__global__ void __launch_bounds__(tile_threads<Shape>(false), 1)
     write_panel_kernel(DeviceWeight weight, RowGroups groups, Segments segments,
                        Number* __restrict__ panel) {
   const int part = static_cast<int>(blockIdx.x % segments.num_parts);
@@ -57,7 +57,7 @@ void write_panel(const DeviceWeight& weight, const LayerSize& size, int64_t row_
   with_types(weight, [&]<class Number, class Shape>(Number, Shape) {
     const auto run = [&]<bool kElements>() {
       const TilePlan plan = plan_tiles(weight, row_begin, rows, size.in_features, 0,
-                                       tile_threads<Shape>(kElements), 0, device);
+                                       tile_threads<Shape>(false), 0, device);
       launch("write_panel",
              plan.shared ? write_panel_kernel<Number, Shape, Source::kShared, kElements>
                          : write_panel_kernel<Number, Shape, Source::kGlobal, kElements>,
