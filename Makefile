@@ -7,7 +7,8 @@ export HFH_BUILD
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BUILT := .venv/.built-$(HFH_BUILD)
-CPP_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CPP_FILES := $(CPP_SOURCES) $(shell find tests -name '*.h' -o -name '*.cpp')
 PYTHON_FILES := $(wildcard hfh_kernels python bench tests setup.py)
 
 .PHONY: demo test bench lint format build clean
@@ -18,6 +19,7 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m gpu
+	HFH_EMULATE_CUDA=1 $(BIN)/python -m pytest -m cuda
 
 bench: $(BUILT)
 	$(BIN)/python -m pytest bench
@@ -47,7 +49,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	HFH_BUILD=none $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
-$(BUILT): $(INSTALLED) setup.py $(CPP_FILES)
+$(BUILT): $(INSTALLED) setup.py $(CPP_SOURCES)
 	rm -f hfh_kernels/_C.*.so .venv/.built-*
 	$(BIN)/python setup.py build_ext --inplace
 	touch $@

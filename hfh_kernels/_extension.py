@@ -47,7 +47,8 @@ def build_info() -> dict[str, Any]:
 
     Always ``version``, ``torch``, ``extension`` (bool) and ``reason`` (None, or why there is no
     extension). With the extension also ``compiler``, ``cpu_capability`` (the instruction set in
-    use), ``cpu_capabilities`` (those built), ``cuda``, ``pybind11`` and ``torch_built_against``.
+    use), ``cpu_capabilities`` (those built), ``cuda`` (None, or the toolkit's ``version`` and the
+    architectures as ``code``), ``pybind11`` and ``torch_built_against``.
     """
     built = {} if _module is None else _module.build_info()
     return {

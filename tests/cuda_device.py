@@ -11,19 +11,29 @@ import os
 import pytest
 import torch
 
-import hfh_kernels  # noqa: F401  The operators must be defined before they are replaced.
+import hfh_kernels
 from tests.cuda_emulator import build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EMULATED = DEVICE == "cpu" and os.environ.get("HFH_EMULATE_CUDA") == "1"
 
+
+def _reason() -> str | None:
+    """Why the kernels cannot run; None where they can."""
+    if not hfh_kernels.build_info()["extension"]:
+        return "the compiled extension is not available"
+    if DEVICE == "cuda" and hfh_kernels.build_info()["cuda"] is None:
+        return "the extension is built without CUDA kernels"
+    if DEVICE == "cpu" and not EMULATED:
+        return "no GPU, and HFH_EMULATE_CUDA=1 is not set"
+    return None
+
+
 needs_cuda = [
     pytest.mark.cuda,
-    pytest.mark.skipif(
-        DEVICE == "cpu" and not EMULATED, reason="no GPU, and HFH_EMULATE_CUDA=1 is not set"
-    ),
+    pytest.mark.skipif(_reason() is not None, reason=f"CUDA kernels cannot run: {_reason()}"),
 ]
 """For a module's ``pytestmark``."""
 
-if EMULATED:
+if EMULATED and _reason() is None:
     torch.ops.load_library(build.build())

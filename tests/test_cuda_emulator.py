@@ -97,7 +97,9 @@ def test_votes() -> None:
     assert torch.equal(all_, values.amin(1, keepdim=True).expand(4, 16))
 
 
-def test_lanes_that_left_are_not_waited_for() -> None:
+@pytest.mark.parametrize("order", ORDERS)
+def test_lanes_that_left_are_not_waited_for(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFH_EMULATOR_ORDER", order)
     ballots = torch.zeros(2, 32, dtype=torch.int32)
     call("exit_early", ballots)
     assert torch.equal(ballots[:, 16:].long() & 0xFFFFFFFF, torch.full((2, 16), 0xFFFF0000))

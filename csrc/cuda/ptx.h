@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cstdint>
 
 #include "hfh/params.h"
@@ -140,6 +141,47 @@ __device__ __forceinline__ void add_vector(float* to, float4 value) {
   atomicAdd(to + 1, value.y);
   atomicAdd(to + 2, value.z);
   atomicAdd(to + 3, value.w);
+#endif
+}
+
+/// Writes what nobody reads soon, so that it leaves the caches first.
+__device__ __forceinline__ void store_streaming(uint4* to, uint4 value) { __stcs(to, value); }
+
+/// Reads what nobody reads again.
+__device__ __forceinline__ uint4 load_streaming(const uint4* from) { return __ldcs(from); }
+
+/// Fails the kernel with `message` unless `condition`, also where NDEBUG turns assert off.
+__device__ __forceinline__ void device_assert(bool condition, const char* message) {
+  if (!condition) __assert_fail(message, __FILE__, __LINE__, __func__);
+}
+
+/// Adds `factor` times four floats to shared memory, or returns false where another thread has just
+/// added to them; `to` is aligned to 16 bytes. No instruction adds floats in shared memory, but
+/// Hopper's compare 16 bytes and swap them at once.
+__device__ __forceinline__ bool try_add_shared_vector(float* to, float4 value, float factor) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t failed;
+  asm volatile(
+      "{.reg .b128 seen, sum, found; .reg .b64 l, h, fl, fh; .reg .f32 x, y, z, w; .reg .pred p;"
+      "ld.shared.v2.b64 {l, h}, [%1]; mov.b128 seen, {l, h};"
+      "mov.b64 {x, y}, l; mov.b64 {z, w}, h;"
+      "fma.rn.f32 x, %2, %6, x; fma.rn.f32 y, %3, %6, y;"
+      "fma.rn.f32 z, %4, %6, z; fma.rn.f32 w, %5, %6, w;"
+      "mov.b64 fl, {x, y}; mov.b64 fh, {z, w}; mov.b128 sum, {fl, fh};"
+      "atom.relaxed.cta.shared.cas.b128 found, [%1], seen, sum;"
+      "mov.b128 {fl, fh}, found; xor.b64 fl, fl, l; xor.b64 fh, fh, h; or.b64 fl, fl, fh;"
+      "setp.ne.b64 p, fl, 0; selp.u32 %0, 1, 0, p;}"
+      : "=r"(failed)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "f"(value.x), "f"(value.y),
+        "f"(value.z), "f"(value.w), "f"(factor)
+      : "memory");
+  return failed == 0;
+#else
+  atomicAdd(to, value.x * factor);
+  atomicAdd(to + 1, value.y * factor);
+  atomicAdd(to + 2, value.z * factor);
+  atomicAdd(to + 3, value.w * factor);
+  return true;
 #endif
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
-#include "cuda/ptx.h"
+#include <cuda_runtime.h>
+
 #include "hfh/hash.h"
 #include "hfh/params.h"
 

@@ -19,7 +19,14 @@ pybind11::dict build_info() {
 #endif
   info["cpu_capability"] = hfh::cpu::kernels().capability;
   info["cpu_capabilities"] = hfh::cpu::built_capabilities();
+#if defined(HFH_HAS_CUDA)
+  pybind11::dict cuda;
+  cuda["version"] = PYBIND11_TOSTRING(HFH_CUDA_VERSION);
+  cuda["code"] = pybind11::str(PYBIND11_TOSTRING(HFH_CUDA_CODE)).attr("split")();
+  info["cuda"] = cuda;
+#else
   info["cuda"] = pybind11::none();
+#endif
   info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(
       PYBIND11_VERSION_MINOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_PATCH);
   info["torch_built_against"] = TORCH_VERSION;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ EMULATOR = Path("tests/cuda_emulator")
 FOLDER = Path("build/cuda_emulator")
 LIBRARY = ROOT / FOLDER / "libhfh_cuda_emulator.so"
 
+EMULATOR_FILES = ("emulator", "warp", "copies", "runtime", "sanitizer")
 # Those that need CUDA's own libraries; tests/cuda_emulator has its own.
 NEED_CUDA = {"stream.cpp", "registration.cpp"}
 FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden"]
@@ -28,16 +30,19 @@ X86_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 
 def sources() -> dict[Path, list[str]]:
     """Every file with its own flags."""
-    tensors = ["-O1", *("-isystem" + path for path in cpp_extension.include_paths())]
-    product = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/torch/cuda").glob("*.cpp"))
-    kernels = sorted(path.relative_to(ROOT) for path in (ROOT / "csrc/cuda").glob("*.cu"))
-    return {
-        **{EMULATOR / name: tensors for name in sorted(NEED_CUDA)},
-        Path("csrc/torch/weight.cpp"): tensors,
-        **{path: tensors for path in product if path.name not in NEED_CUDA},
-        **{path: KERNEL_FLAGS for path in [*kernels, EMULATOR / "self_test.cpp"]},
-        **{EMULATOR / f"{name}.cpp": ["-O3"] for name in ("emulator", "runtime", "sanitizer")},
-    }
+
+    def found(pattern: str) -> list[Path]:
+        return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
+
+    emulator = [EMULATOR / f"{name}.cpp" for name in EMULATOR_FILES]
+    kernels = [*found("csrc/cuda/*.cu"), EMULATOR / "self_test.cpp"]
+    operators = [*found("csrc/torch/cuda/*.cpp"), Path("csrc/torch/weight.cpp")]
+    operators = [path for path in operators if path.name not in NEED_CUDA]
+    operators += [path for path in found(f"{EMULATOR}/*.cpp") if path not in (*emulator, *kernels)]
+    tensors = ["-O0", *("-isystem" + path for path in cpp_extension.include_paths())]
+    # Those that take longest to compile first.
+    flags = {path: KERNEL_FLAGS for path in kernels} | {path: tensors for path in operators}
+    return flags | {path: ["-O3"] for path in emulator}
 
 
 def ninja_file() -> str:
@@ -67,7 +72,7 @@ def ninja_file() -> str:
 
 
 def build() -> Path:
-    """Compiles what changed; the library.
+    """Compiles what changed, in one process at a time; the library.
 
     Raises:
         RuntimeError: a file did not compile; the message has the compiler's.
@@ -75,15 +80,17 @@ def build() -> Path:
     folder = ROOT / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "build.ninja"
-    path.write_text(ninja_file())
     search = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
-    result = subprocess.run(
-        ["ninja", "-f", path.relative_to(ROOT)],
-        cwd=ROOT,
-        env={**os.environ, "PATH": search},
-        capture_output=True,
-        text=True,
-    )
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path.write_text(ninja_file())
+        result = subprocess.run(
+            ["ninja", "-f", path.relative_to(ROOT)],
+            cwd=ROOT,
+            env={**os.environ, "PATH": search},
+            capture_output=True,
+            text=True,
+        )
     if result.returncode != 0:
         raise RuntimeError(f"the CUDA emulator did not build:\n{result.stdout}{result.stderr}")
     return LIBRARY

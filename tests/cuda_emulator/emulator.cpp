@@ -1,5 +1,3 @@
-#include "emulator.h"
-
 #include <cuda_runtime.h>
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -13,11 +11,8 @@
 #include <new>
 #include <stdexcept>
 #include <string_view>
-#include <unordered_map>
-#include <vector>
 
-#include "cuda/ptx.h"
-#include "hfh/params.h"
+#include "scheduler.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -26,22 +21,11 @@ namespace cuda_emulator {
 
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kLanes = 32;
 constexpr size_t kPageBytes = 4096;
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kGuardBytes = 4096;  // on either side of shared memory
 constexpr size_t kMaxSharedBytes = 227 * 1024;
 constexpr char kPoison = '\xff';
-
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes;
-  int group;  // of the thread's copies; not used by bulk copies
-
-  void land() const { std::memcpy(to, from, bytes); }
-};
 
 struct Fiber {
   jmp_buf place;  // where it goes on
@@ -52,21 +36,11 @@ struct Fiber {
   const Collective* collective;
   uint32_t mask;
   void* argument;
-  std::vector<Copy> copies;
-  int closed_groups;
 };
 
 /// Sets of lanes; a lane that has not exited is in exactly one of the last four.
 struct Warp {
-  uint32_t alive, can_run, at_collective, at_block_barrier, polling;
-};
-
-struct BulkBarrier {
-  uint32_t phase = 0;
-  bool announced = false;
-  uint64_t announced_bytes = 0;
-  uint64_t started_bytes = 0;
-  std::vector<Copy> copies;
+  uint32_t alive, can_run, at_collective, at_block_barrier, asleep;
 };
 
 Fiber fibers[kMaxThreads];
@@ -76,12 +50,11 @@ Fiber* running = nullptr;
 const std::function<void()>* running_kernel;
 jmp_buf host;  // back to run()
 std::string error;
-bool reverse_order, early_copies;
-size_t shared_bytes;
+bool reverse_order;
+size_t block_shared_bytes;
 int device_capability;
 char* stacks = nullptr;  // of fibers, one after another, each behind a page that faults
 alignas(1024) char shared_storage[kGuardBytes + kMaxSharedBytes + kGuardBytes];
-std::unordered_map<const void*, BulkBarrier> bulk_barriers;
 
 char* allocated_stacks() {
   constexpr size_t kEach = kPageBytes + kStackBytes;
@@ -92,11 +65,6 @@ char* allocated_stacks() {
   // A stack that overflows meets a page that faults.
   for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + i * kEach, kPageBytes, PROT_NONE);
   return stacks;
-}
-
-std::string environment(const char* name, const char* otherwise) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? otherwise : value;
 }
 
 Warp& warp_of(const Fiber& fiber) { return warps[fiber.thread / kLanes]; }
@@ -239,18 +207,16 @@ void prepare_block() {
   }
   for (int i = 0; i < threads; ++i) {
     fibers[i].thread = static_cast<unsigned>(i);
-    fibers[i].copies.clear();
-    fibers[i].closed_groups = 0;
   }
-  bulk_barriers.clear();
-  std::memset(shared_storage, kPoison, kGuardBytes + shared_bytes + kGuardBytes);
+  forget_copies();
+  std::memset(shared_storage, kPoison, kGuardBytes + block_shared_bytes + kGuardBytes);
 }
 
 bool guards_are_intact() {
   const auto intact = [](const char* begin) {
     return std::all_of(begin, begin + kGuardBytes, [](char byte) { return byte == kPoison; });
   };
-  return intact(shared_storage) && intact(shared_memory() + shared_bytes);
+  return intact(shared_storage) && intact(shared_memory() + block_shared_bytes);
 }
 
 void wait_for(const char* name) {
@@ -258,126 +224,12 @@ void wait_for(const char* name) {
   warp_of(*running).can_run &= ~lane_of(*running);
 }
 
-/// Lets the threads that wait for a copy look again.
-void wake_polling() {
-  for (int i = 0; i < num_warps; ++i) {
-    warps[i].can_run |= warps[i].polling;
-    warps[i].polling = 0;
-  }
-}
-
-void check_copy(const char* name, const void* shared, const void* global, size_t bytes) {
-  const auto is_aligned = [](const void* address) {
-    return reinterpret_cast<uintptr_t>(address) % 16 == 0;
-  };
-  if (!is_aligned(shared) || !is_aligned(global) || bytes % 16 != 0) {
-    fail(std::string(name) + ": misaligned, or not a multiple of 16 bytes");
-  }
-  const auto* to = static_cast<const char*>(shared);
-  if (to < shared_memory() || to + bytes > shared_memory() + shared_bytes) {
-    fail(std::string(name) + ": not to the block's shared memory");
-  }
-}
-
-void check_bulk_copies(const char* name) {
-  if (!hfh::cuda::has_bulk_copies()) fail(std::string(name) + " on a device that lacks it");
-}
-
-BulkBarrier& bulk_barrier(const char* name, const void* barrier) {
-  check_bulk_copies(name);
-  const auto found = bulk_barriers.find(barrier);
-  if (found == bulk_barriers.end()) fail(std::string(name) + ": barrier not initialised");
-  return found->second;
-}
-
-/// Ends the barrier's phase if all that was announced was started.
-void complete_phase(BulkBarrier& barrier) {
-  if (!barrier.announced || barrier.started_bytes < barrier.announced_bytes) return;
-  if (barrier.started_bytes > barrier.announced_bytes) {
-    fail("copy_bulk: " + std::to_string(barrier.started_bytes) + " bytes started, " +
-         std::to_string(barrier.announced_bytes) + " announced");
-  }
-  for (const Copy& copy : barrier.copies) copy.land();
-  const uint32_t next = barrier.phase ^ 1;
-  barrier = BulkBarrier{};
-  barrier.phase = next;
-}
-
-struct ShuffleArgument {
-  uint64_t value;
-  int source;
-  uint64_t result;
-};
-
-void operate_shuffle(void* const* arguments, uint32_t lanes) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    if (!(lanes >> lane & 1)) continue;
-    auto* argument = static_cast<ShuffleArgument*>(arguments[lane]);
-    const auto* source = static_cast<const ShuffleArgument*>(arguments[argument->source]);
-    argument->result = source == nullptr ? ~uint64_t{0} : source->value;
-  }
-}
-
-struct VoteArgument {
-  bool predicate;
-  uint32_t votes, lanes;
-};
-
-void operate_vote(void* const* arguments, uint32_t lanes) {
-  uint32_t votes = 0;
-  const auto each = [&](const auto& f) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (lanes >> lane & 1) f(lane, *static_cast<VoteArgument*>(arguments[lane]));
-    }
-  };
-  each([&](int lane, const VoteArgument& argument) {
-    votes |= uint32_t{argument.predicate} << lane;
-  });
-  each([&](int, VoteArgument& argument) {
-    argument.votes = votes;
-    argument.lanes = lanes;
-  });
-}
-
-struct MultiplyArgument {
-  float* d;
-  const uint32_t* a;
-  const uint32_t* b;
-};
-
-/// The fragments are described in csrc/cuda/ptx.h.
-template <class Number, int kDepth>
-void operate_multiply_add(void* const* arguments, uint32_t) {
-  float a[16][kDepth], b[kDepth][8], d[16][8];
-  const auto each = [&](const auto& f) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      f(lane / 4, 2 * (lane % 4), *static_cast<const MultiplyArgument*>(arguments[lane]));
-    }
-  };
-  const auto unpack = [](uint32_t packed, float& low, float& high) {
-    hfh::cuda::unpack<Number>(packed, low, high);
-  };
-  each([&](int m, int q, const MultiplyArgument& part) {
-    for (int i = 0; i < kDepth / 4; ++i) {
-      float* at = &a[m + 8 * (i % 2)][q + 8 * (i / 2)];
-      unpack(part.a[i], at[0], at[1]);
-    }
-    for (int i = 0; i < kDepth / 8; ++i) {
-      unpack(part.b[i], b[q + 8 * i][m], b[q + 8 * i + 1][m]);
-    }
-    for (int i = 0; i < 4; ++i) d[m + 8 * (i / 2)][q + i % 2] = part.d[i];
-  });
-  for (int row = 0; row < 16; ++row) {
-    for (int k = 0; k < kDepth; ++k) {
-      for (int col = 0; col < 8; ++col) d[row][col] += a[row][k] * b[k][col];
-    }
-  }
-  each([&](int m, int q, const MultiplyArgument& part) {
-    for (int i = 0; i < 4; ++i) part.d[i] = d[m + 8 * (i / 2)][q + i % 2];
-  });
-}
-
 }  // namespace
+
+std::string environment(const char* name, const char* otherwise) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? otherwise : value;
+}
 
 void fail(const std::string& message) {
   if (running == nullptr) throw std::runtime_error(message);
@@ -412,11 +264,10 @@ std::string run(const Shape& shape, const std::function<void()>& kernel) {
            " threads cannot be launched";
   }
   reverse_order = environment("HFH_EMULATOR_ORDER", "forward") == "reverse";
-  early_copies = environment("HFH_EMULATOR_COPIES", "late") == "early";
   device_capability = capability();
   if (stacks == nullptr) stacks = allocated_stacks();
   running_kernel = &kernel;
-  shared_bytes = shape.shared_bytes;
+  block_shared_bytes = shape.shared_bytes;
   gridDim = dim3(shape.blocks);
   blockDim = dim3(shape.threads);
   error.clear();
@@ -426,7 +277,7 @@ std::string run(const Shape& shape, const std::function<void()>& kernel) {
     run_block();
     if (error.empty() && !guards_are_intact()) {
       error = "block " + std::to_string(block) + " wrote outside its shared memory of " +
-              std::to_string(shared_bytes) + " bytes";
+              std::to_string(block_shared_bytes) + " bytes";
     }
   }
   if (!error.empty()) {
@@ -464,137 +315,21 @@ void synchronize_block() {
   give_way();
 }
 
-uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int operand, int width) {
-  static const Collective kCollectives[] = {
-      {"__shfl_sync", false, operate_shuffle},
-      {"__shfl_up_sync", false, operate_shuffle},
-      {"__shfl_down_sync", false, operate_shuffle},
-      {"__shfl_xor_sync", false, operate_shuffle},
-  };
-  const int lane = static_cast<int>(threadIdx.x % kLanes);
-  const int begin = lane / width * width;
-  int source = lane;
-  switch (kind) {
-    case Shuffle::kIndex:
-      source = begin + operand % width;
-      break;
-    case Shuffle::kUp:
-      if (lane - operand >= begin) source = lane - operand;
-      break;
-    case Shuffle::kDown:
-      if (lane + operand < begin + width) source = lane + operand;
-      break;
-    case Shuffle::kXor:
-      if ((lane ^ operand) < begin + width) source = lane ^ operand;
-      break;
+void sleep(const char* name) {
+  wait_for(name);
+  warp_of(*running).asleep |= lane_of(*running);
+  give_way();
+}
+
+void wake() {
+  for (int i = 0; i < num_warps; ++i) {
+    warps[i].can_run |= warps[i].asleep;
+    warps[i].asleep = 0;
   }
-  ShuffleArgument argument{value, source, 0};
-  meet(kCollectives[static_cast<int>(kind)], mask, &argument);
-  return argument.result;
-}
-
-uint32_t vote(Vote kind, uint32_t mask, bool predicate) {
-  static const Collective kCollectives[] = {
-      {"__ballot_sync", false, operate_vote},
-      {"__any_sync", false, operate_vote},
-      {"__all_sync", false, operate_vote},
-  };
-  VoteArgument argument{predicate, 0, 0};
-  meet(kCollectives[static_cast<int>(kind)], mask, &argument);
-  switch (kind) {
-    case Vote::kAny:
-      return argument.votes != 0;
-    case Vote::kAll:
-      return argument.votes == argument.lanes;
-    default:
-      return argument.votes;
-  }
-}
-
-void synchronize_warp(uint32_t mask) {
-  static const Collective kCollective{"__syncwarp", false, [](void* const*, uint32_t) {}};
-  meet(kCollective, mask, nullptr);
-}
-
-void multiply_add(Format format, int depth, float* d, const uint32_t* a, const uint32_t* b) {
-  static const Collective kCollectives[2][2] = {
-      {{"mma m16n8k8 bf16", true, operate_multiply_add<hfh::BFloat16, 8>},
-       {"mma m16n8k16 bf16", true, operate_multiply_add<hfh::BFloat16, 16>}},
-      {{"mma m16n8k8 f16", true, operate_multiply_add<hfh::Float16, 8>},
-       {"mma m16n8k16 f16", true, operate_multiply_add<hfh::Float16, 16>}},
-  };
-  MultiplyArgument argument{d, a, b};
-  meet(kCollectives[format == Format::kFloat16][depth == 16], ~uint32_t{0}, &argument);
 }
 
 char* shared_memory() { return shared_storage + kGuardBytes; }
 
-void copy_async(void* shared, const void* global) {
-  check_copy("copy_async16", shared, global, 16);
-  const Copy copy{shared, global, 16, running->closed_groups};
-  if (early_copies) {
-    copy.land();
-  } else {
-    running->copies.push_back(copy);
-  }
-}
-
-void copy_async_commit() { ++running->closed_groups; }
-
-void copy_async_wait(int pending_groups) {
-  const int end = running->closed_groups - pending_groups;
-  std::erase_if(running->copies, [end](const Copy& copy) {
-    const bool lands = copy.group < end;
-    if (lands) copy.land();
-    return lands;
-  });
-}
-
-void copy_barrier_init(void* barrier) {
-  check_bulk_copies("copy_barrier_init");
-  const auto* address = static_cast<const char*>(barrier);
-  if (address < shared_memory() || address + 8 > shared_memory() + shared_bytes ||
-      reinterpret_cast<uintptr_t>(barrier) % 8 != 0) {
-    fail("copy_barrier_init: not 8 aligned bytes of shared memory");
-  }
-  if (!bulk_barriers.try_emplace(barrier).second) {
-    fail("copy_barrier_init: the barrier is initialised already");
-  }
-}
-
-void copy_barrier_expect(void* barrier, uint32_t bytes) {
-  BulkBarrier& state = bulk_barrier("copy_barrier_expect", barrier);
-  if (state.announced) fail("copy_barrier_expect: nobody waited for the phase before");
-  state.announced = true;
-  state.announced_bytes = bytes;
-  if (early_copies) complete_phase(state);
-  wake_polling();
-}
-
-void copy_bulk(void* shared, const void* global, uint32_t bytes, void* barrier) {
-  check_copy("copy_bulk", shared, global, bytes);
-  BulkBarrier& state = bulk_barrier("copy_bulk", barrier);
-  state.started_bytes += bytes;
-  const Copy copy{shared, global, bytes, 0};
-  if (early_copies) {
-    copy.land();
-    complete_phase(state);
-  } else {
-    state.copies.push_back(copy);
-  }
-  wake_polling();
-}
-
-void copy_barrier_wait(void* barrier, uint32_t phase) {
-  BulkBarrier& state = bulk_barrier("copy_barrier_wait", barrier);
-  if (phase > 1) fail("copy_barrier_wait: a phase is 0 or 1");
-  while (state.phase == phase) {
-    complete_phase(state);
-    if (state.phase != phase) return;
-    wait_for("copy_barrier_wait");
-    warp_of(*running).polling |= lane_of(*running);
-    give_way();
-  }
-}
+size_t shared_bytes() { return block_shared_bytes; }
 
 }  // namespace cuda_emulator

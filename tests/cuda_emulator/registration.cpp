@@ -14,11 +14,18 @@ struct NoWarnings : c10::WarningHandler {
 
 }  // namespace
 
+namespace cuda_ops = hfh::torch_ops::cuda_ops;
+
 TORCH_LIBRARY_IMPL(hfh, CPU, m) {
   NoWarnings no_warnings;
   const c10::WarningUtils::WarningHandlerGuard guard(&no_warnings);
-  namespace ops = hfh::torch_ops::cuda_ops;
-  m.impl("linear", TORCH_FN(ops::linear));
-  m.impl("linear_backward_input", TORCH_FN(ops::linear_backward_input));
-  m.impl("materialize", TORCH_FN(ops::materialize));
+  m.impl("linear", TORCH_FN(cuda_ops::linear));
+  m.impl("linear_backward_input", TORCH_FN(cuda_ops::linear_backward_input));
+  m.impl("materialize", TORCH_FN(cuda_ops::materialize));
+  m.impl("embedding", TORCH_FN(cuda_ops::embedding));
+  m.impl("embedding_backward", TORCH_FN(cuda_ops::embedding_backward));
+  m.impl("embedding_bag", TORCH_FN(cuda_ops::embedding_bag));
+  m.impl("embedding_bag_backward", TORCH_FN(cuda_ops::embedding_bag_backward));
+  m.impl("materialize_backward", TORCH_FN(cuda_ops::materialize_backward));
+  m.impl("linear_backward_weight", TORCH_FN(cuda_ops::linear_backward_weight));
 }

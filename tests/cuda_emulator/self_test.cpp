@@ -60,11 +60,15 @@ __global__ void vote(const int* in, int* ballots, int* any, int* all) {
   all[threadIdx.x] = __all_sync(mask, value);
 }
 
-/// The first 16 lanes leave; the others do without them.
+/// The first 16 lanes of both warps leave. The others do without them: in descending order the
+/// lanes of warp 1 wait to vote, and warp 0 at the barrier, when the last of the others leaves.
 __global__ void exit_early(int* out) {
   if (threadIdx.x % 32 < 16) return;
-  out[threadIdx.x] = static_cast<int>(__ballot_sync(kFullWarp, 1));
+  unsigned votes = 0;
+  if (threadIdx.x >= 32) votes = __ballot_sync(kFullWarp, 1);
   __syncthreads();
+  if (threadIdx.x < 32) votes = __ballot_sync(kFullWarp, 1);
+  out[threadIdx.x] = static_cast<int>(votes);
 }
 
 enum class Copies { kAsync, kAsyncUnwaited, kBulk, kBulkUnwaited, kBulkShort, kMisaligned };

@@ -57,4 +57,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> embedding_backward(
     const std::optional<at::Tensor>& permutation, int64_t num_embeddings, int64_t padding_idx,
     HFH_WEIGHT_PARAMETERS);
 
+/// Of the modes "sum" and "mean"; nobody wins.
+std::tuple<at::Tensor, at::Tensor> embedding_bag(
+    const at::Tensor& indices, const at::Tensor& offsets, const at::Tensor& pool,
+    const at::Tensor& theta, const std::optional<at::Tensor>& dense,
+    const std::optional<at::Tensor>& permutation,
+    const std::optional<at::Tensor>& per_sample_weights, int64_t num_embeddings,
+    int64_t embedding_dim, c10::string_view mode, bool include_last_offset, int64_t padding_idx,
+    HFH_WEIGHT_PARAMETERS);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> embedding_bag_backward(
+    const at::Tensor& grad, const at::Tensor& winners, const at::Tensor& indices,
+    const at::Tensor& offsets, const at::Tensor& pool, const at::Tensor& theta,
+    const std::optional<at::Tensor>& dense, const std::optional<at::Tensor>& permutation,
+    const std::optional<at::Tensor>& per_sample_weights, int64_t num_embeddings,
+    c10::string_view mode, bool include_last_offset, int64_t padding_idx, HFH_WEIGHT_PARAMETERS);
+
 }  // namespace hfh::torch_ops::cuda_ops

@@ -17,9 +17,11 @@
 // As much of CUDA as the kernels use, for a C++ compiler: see emulator.h.
 
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 

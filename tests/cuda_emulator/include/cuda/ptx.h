@@ -98,6 +98,35 @@ inline void add_vector(float* to, float4 value) {
   to[3] += value.w;
 }
 
+inline void store_streaming(uint4* to, uint4 value) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) cuda_emulator::fail("store_streaming: misaligned");
+  *to = value;
+}
+inline uint4 load_streaming(const uint4* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    cuda_emulator::fail("load_streaming: misaligned");
+  }
+  return *from;
+}
+
+inline void device_assert(bool condition, const char* message) {
+  if (!condition) cuda_emulator::fail(message);
+}
+
+/// Every third attempt fails.
+inline bool try_add_shared_vector(float* to, float4 value, float factor) {
+  static thread_local unsigned attempts = 0;
+  if (++attempts % 3 == 0) return false;
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) {
+    cuda_emulator::fail("try_add_shared_vector: misaligned");
+  }
+  to[0] = fmaf(value.x, factor, to[0]);
+  to[1] = fmaf(value.y, factor, to[1]);
+  to[2] = fmaf(value.z, factor, to[2]);
+  to[3] = fmaf(value.w, factor, to[3]);
+  return true;
+}
+
 inline void copy_async16(void* shared, const void* global) {
   cuda_emulator::copy_async(shared, global);
 }
