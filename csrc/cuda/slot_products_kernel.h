@@ -332,7 +332,6 @@ __global__ void __launch_bounds__(kThreads, 2) slot_products_kernel(const Argume
     const auto buffer_of = [&](int chunk) {
       return shared.inputs + chunk / Lane::kBlocks % 2 * input_bytes(kBlock);
     };
-    __syncthreads();
     stage_inputs<kBlock, kBatch>(args, blocks, begin, buffer_of(begin));
     slots.load(args.weight, window_base(piece_task.logical_row(args), hash), blocks.begin,
                blocks.end);
