@@ -135,8 +135,9 @@ def can_run(sample: Sample, backend: str) -> bool:
     if backend == "cuda:tiles":
         return block >= 32 and batch <= 32
     if backend == "cuda:slot_products":
-        drawn = sample.hash_spec.window or sample.hash_spec.pool_size
-        return block >= 16 and drawn <= 512 * block and depth <= 1 and batch <= 8
+        slots = (sample.hash_spec.window or sample.hash_spec.pool_size) // block
+        few_slots = slots <= min(512, 2**15 // block)
+        return block >= 16 and few_slots and depth <= 1 and batch <= 8
     return True
 
 
