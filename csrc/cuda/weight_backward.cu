@@ -490,18 +490,20 @@ BackwardPlan plan_weight_backward(const DeviceWeight& weight, const WeightGradie
   with_shape(weight, [&]<class Shape>(const Shape&) { plan.threads = num_threads<Shape>(); });
   const int warps = plan.threads / kWarpSize;
 
-  const size_t window_bytes = (size_t{hash.draw_slots} << hash.log2_block) * sizeof(float);
-  plan.shares_window = !in_units && window_bytes <= device.shared_bytes;
+  const size_t window_size = size_t{hash.draw_slots} << hash.log2_block;
+  const size_t window_bytes = window_size * sizeof(float);
+  int64_t windows = RowGroups(weight, gradient, true).count(gradient.rows);
+  const double weights = static_cast<double>(gradient.rows) * static_cast<double>(gradient.cols);
+  // Not for a window of which less is drawn than it has.
+  plan.shares_window = !in_units && window_bytes <= device.shared_bytes &&
+                       window_size * windows < weights * hash.num_hashes;
+  if (!plan.shares_window) windows = 1;
   const size_t theta_bytes =
       warps * sizeof(float) *
       theta_size(hash.num_hashes, weight.reconstruct.depth, weight.reconstruct.width);
   plan.shared_bytes = std::max(plan.shares_window ? window_bytes : 0, theta_bytes);
-
-  const int64_t windows = RowGroups(weight, gradient, plan.shares_window).count(gradient.rows);
-  const double rows_cost =
-      static_cast<double>(gradient.rows) * static_cast<double>(gradient.cols) / windows;
-  const double window_cost = plan.shares_window ? kFlushCost * window_bytes / sizeof(float) : 0.0;
-  plan.shares = best_shares(windows, rows_cost, window_cost, device.processors);
+  plan.shares = best_shares(windows, weights / windows,
+                            plan.shares_window ? kFlushCost * window_size : 0.0, device.processors);
   plan.tasks = windows * plan.shares;
   plan.blocks = static_cast<unsigned>(std::min<int64_t>(plan.tasks, device.processors));
 
