@@ -57,22 +57,22 @@ __device__ __forceinline__ void clear_window(float* window, uint32_t size) {
   __syncthreads();
 }
 
-/// Adds the window to the pool's gradient, when all of the block have added to it.
+/// Adds the window to the pool's gradient, when all of the block have added to it. Blocks begin at
+/// different places of it, lest those that share it wait for each other.
 __device__ __forceinline__ void flush_window(const HashParams& hash, const float* window,
                                              uint32_t size, uint32_t base, float* pool) {
   __syncthreads();
   const uint32_t pool_size = hash.num_slots << hash.log2_block;
   const uint32_t first = base << hash.log2_block;
-  if (takes_quads(hash.log2_block)) {
-    for (uint32_t i = kQuad * threadIdx.x; i < size; i += kQuad * blockDim.x) {
-      const uint32_t at = first + i;
-      add_vector(pool + (at < pool_size ? at : at - pool_size),
-                 *reinterpret_cast<const float4*>(window + i));
-    }
-  } else {
-    for (uint32_t i = threadIdx.x; i < size; i += blockDim.x) {
-      const uint32_t at = first + i;
-      atomicAdd(pool + (at < pool_size ? at : at - pool_size), window[i]);
+  const uint32_t start = size / gridDim.x * blockIdx.x / kQuad * kQuad;
+  const uint32_t step = takes_quads(hash.log2_block) ? kQuad : 1;
+  for (uint32_t i = step * threadIdx.x; i < size; i += step * blockDim.x) {
+    const uint32_t from = i + start < size ? i + start : i + start - size;
+    const uint32_t to = first + from < pool_size ? first + from : first + from - pool_size;
+    if (step == kQuad) {
+      add_vector(pool + to, *reinterpret_cast<const float4*>(window + from));
+    } else {
+      atomicAdd(pool + to, window[from]);
     }
   }
   __syncthreads();
