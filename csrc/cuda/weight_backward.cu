@@ -4,11 +4,11 @@
 #include "cuda/weight_backward_lane.h"
 
 // Counted from the code for sm_90a, bfloat16 and blocks of 64; unmeasured. Lane instructions a
-// weight with the sums in shared memory and without: 115 and 103 for 4 hashes, depth 2, width 4 (77
-// of them g's and its gradient's arithmetic), 50 and 38 for 4 hashes, depth 1. In shared memory
-// they bind: an H200's multiprocessor takes 0.9 clocks a weight, in which its shared memory has to
-// pass 56 of the 115 bytes it can. Without, the 16 bytes a weight that the second-level cache adds
-// up do.
+// weight with the sums in shared memory and without: 110 and 100 for 4 hashes, depth 2, width 4 (77
+// of them g's and its gradient's arithmetic), 45 and 35 for 4 hashes, depth 1. In shared memory
+// they bind: an H200's multiprocessor takes 0.86 clocks a weight, in which its shared memory and
+// first-level cache pass 58 of the 110 bytes they can. Without, the 16 bytes a weight that the
+// second-level cache adds up do.
 
 namespace hfh::cuda {
 

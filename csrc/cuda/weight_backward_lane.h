@@ -14,7 +14,6 @@
 namespace hfh::cuda::weight_backward_lane {
 
 constexpr int kQuad = 4;
-constexpr int kQuadsOfLane = 2;
 
 /// Where the pool's gradient is added up: in shared memory first, or in one of PoolGradient's two.
 enum class Sums { kShared, kGlobal, kUnits };
@@ -26,12 +25,12 @@ struct Arguments {
   BackwardPlan plan;
 };
 
-/// Lanes that take a block of at least four columns together: each two quads, if there are as many.
+/// Lanes that take a block of at least four columns together: each four quads, if there are as
+/// many.
 HFH_HOST_DEVICE constexpr int log2_lanes(int log2_block) {
-  return log2_block <= 3 ? 0 : log2_block - 3;
+  return log2_block <= 4 ? 0 : log2_block - 4;
 }
-static_assert(1 << log2_lanes(8) == kWarpSize && 1 << 8 == kMaxBlock);
-static_assert(kQuad * kQuadsOfLane == 1 << 3);
+static_assert(1 << log2_lanes(8) <= kWarpSize && 1 << 8 == kMaxBlock);
 
 /// Whether lanes take quads of blocks, or a column each.
 HFH_HOST_DEVICE constexpr bool takes_quads(int log2_block) { return log2_block >= 2; }
@@ -142,12 +141,12 @@ class Lane {
     const Places<kHashes> places = places_of_block(first_block + static_cast<uint32_t>(block));
 
     const int col = (block << hash_.log2_block) - lead;
-    int inner = kQuad * in_block_;
+    // Lanes of different blocks begin with different columns, which are in different banks.
 #pragma unroll 1
-    do {
-      take_quad(places, static_cast<uint32_t>(inner), col + inner);
-      inner += kQuad * lanes_;
-    } while (inner < static_cast<int>(hash_.block()));
+    for (int quad = lane_; quad < lane_ + static_cast<int>(hash_.block()) / kQuad; quad += lanes_) {
+      const uint32_t inner = (kQuad * static_cast<uint32_t>(quad)) & (hash_.block() - 1);
+      take_quad(places, inner, col + static_cast<int>(inner));
+    }
   }
 
   /// A column for each lane.
