@@ -51,6 +51,33 @@ at::Tensor linear_backward_input(const at::Tensor& grad_output, const at::Tensor
   return triton.call(grad_output, pool, theta, in_features, HFH_WEIGHT_ARGUMENTS);
 }
 
+std::tuple<at::Tensor, at::Tensor> linear_backward_weight(const at::Tensor& grad_output,
+                                                          const at::Tensor& input,
+                                                          const at::Tensor& pool,
+                                                          const at::Tensor& theta,
+                                                          HFH_WEIGHT_PARAMETERS) {
+  if (takes(backend, cuda_ops::why_not_linear_backward_weight(grad_output, input, pool, theta,
+                                                              HFH_WEIGHT_ARGUMENTS))) {
+    return cuda_ops::linear_backward_weight(grad_output, input, pool, theta, HFH_WEIGHT_ARGUMENTS);
+  }
+  static const auto triton =
+      triton_operator<decltype(linear_backward_weight)>("hfh::triton_linear_backward_weight");
+  return triton.call(grad_output, input, pool, theta, HFH_WEIGHT_ARGUMENTS);
+}
+
+std::tuple<at::Tensor, at::Tensor> materialize_backward(const at::Tensor& grad,
+                                                        const at::Tensor& pool,
+                                                        const at::Tensor& theta,
+                                                        HFH_WEIGHT_PARAMETERS) {
+  if (takes(backend,
+            cuda_ops::why_not_materialize_backward(grad, pool, theta, HFH_WEIGHT_ARGUMENTS))) {
+    return cuda_ops::materialize_backward(grad, pool, theta, HFH_WEIGHT_ARGUMENTS);
+  }
+  static const auto triton =
+      triton_operator<decltype(materialize_backward)>("hfh::triton_materialize_backward");
+  return triton.call(grad, pool, theta, HFH_WEIGHT_ARGUMENTS);
+}
+
 at::Tensor materialize(const at::Tensor& pool, const at::Tensor& theta, int64_t rows, int64_t cols,
                        HFH_WEIGHT_PARAMETERS) {
   // Triton's keeps what is not finite to the weights that read it.
@@ -138,7 +165,9 @@ TORCH_LIBRARY_IMPL(hfh, CUDA, m) {
   m.impl("embedding_bag_backward", TORCH_FN(embedding_bag_backward));
   m.impl("linear", TORCH_FN(linear));
   m.impl("linear_backward_input", TORCH_FN(linear_backward_input));
+  m.impl("linear_backward_weight", TORCH_FN(linear_backward_weight));
   m.impl("materialize", TORCH_FN(materialize));
+  m.impl("materialize_backward", TORCH_FN(materialize_backward));
 }
 
 }  // namespace
