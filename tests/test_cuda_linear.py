@@ -135,7 +135,8 @@ def can_run(sample: Sample, backend: str) -> bool:
     if backend == "cuda:tiles":
         return block >= 32 and batch <= 32
     if backend == "cuda:slot_products":
-        return block >= 16 and depth <= 1 and batch <= 8
+        drawn = sample.hash_spec.window or sample.hash_spec.pool_size
+        return block >= 16 and drawn <= 512 * block and depth <= 1 and batch <= 8
     return True
 
 

@@ -45,6 +45,7 @@ bool with_shape(const VirtualWeight& weight, const F& f) {
   try_shape(FixedShape<2, 1, 1, Activation::kReLU>(weight));
   try_shape(FixedShape<4, 1, 1, Activation::kReLU>(weight));
   try_shape(FixedShape<8, 1, 1, Activation::kReLU>(weight));
+  try_shape(FixedShape<2, 2, 4, Activation::kReLU>(weight));
   try_shape(FixedShape<4, 2, 4, Activation::kReLU>(weight));
   try_shape(FixedShape<4, 2, 4, Activation::kTanh>(weight));
   try_shape(FixedShape<4, 2, 8, Activation::kReLU>(weight));

@@ -45,7 +45,8 @@ TORCH_LIBRARY(hfh_emulator, m) {
   m.def(
       "slot_products(Tensor input, Tensor pool, Tensor theta, Tensor? bias, int out_features, "
       "int processors, int seed, int num_hashes, int block, int window, int rows_per_window, "
-      "int depth, int width, str activation, float scale, int row_offset, int col_offset) "
+      "int depth, int width, str activation, float scale, int row_offset, int col_offset, "
+      "str backend) "
       "-> (Tensor, int)",
       slot_products);
 }
