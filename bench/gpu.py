@@ -19,7 +19,6 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
-import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,8 +27,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu_cases import RESULTS, Case, cuda_cases, layer_cases
-from bench.gpu_timer import REPEATS, Candidates, Ceilings, Timer, measure_ceilings
+from bench.gpu_cases import RESULTS, TRAINING_BACKENDS, Case, cuda_cases, layer_cases
+from bench.gpu_timer import REPEATS, Candidates, Ceilings, Timer, measure_ceilings, parse_device
 from hfh import machine
 
 PROCESSES = 12
@@ -58,23 +57,21 @@ def _run_ours(case: Case) -> None:
     torch.cuda.synchronize()
 
 
-def measure(timer: Timer, case: Case, ceilings: Ceilings | None) -> dict[str, Any]:
+def measure(timer: Timer, case: Case, ceilings: Ceilings | None, row: dict[str, Any]) -> None:
+    """Fills the row: what was measured before something fails is kept."""
     timer.release()
     candidates, work = case.make()
-    refusals = take_out_what_cannot_run(timer, candidates)
-    seconds = timer.medians(candidates)
-    row: dict[str, Any] = {
-        "seconds": seconds,
-        "hfh_extra_bytes": timer.extra_bytes(candidates["hfh"]),
-        "floors": {},
-        "refusals": refusals,
-    }
+    row["refusals"] = take_out_what_cannot_run(timer, candidates)
+    row["seconds"] = timer.medians(candidates)
+    row["hfh_extra_bytes"] = timer.extra_bytes(candidates["hfh"])
+    row["floors"] = {}
     if ceilings is not None:
         row["floors"] = {name: item.floor(ceilings) for name, item in work.items()}
-    if case.inspect is not None:
-        row |= case.inspect(timer, candidates)
-    print(line(case, row))
-    return row
+    try:
+        if case.inspect is not None:
+            row |= case.inspect(timer, candidates)
+    finally:
+        print(line(case, row))
 
 
 def take_out_what_cannot_run(timer: Timer, candidates: Candidates) -> dict[str, str]:
@@ -99,6 +96,10 @@ def line(case: Case, row: dict[str, Any]) -> str:
         fastest = min(seconds.keys() - {"dense", "hfh"}, key=lambda name: seconds[name])
         took = " or ".join(row["same_as_automatic"])
         text += f", took {took}, fastest {fastest} {1e6 * seconds[fastest]:.1f}"
+    else:
+        for name in TRAINING_BACKENDS:
+            if name in seconds:
+                text += f", {name} {1e6 * seconds[name]:.1f}"
     if "hfh, uniform" in seconds:
         text += f", {ours / seconds['hfh, uniform']:.2f} x uniform"
     for name, host in row.get("host_seconds_a_layer", {}).items():
@@ -123,7 +124,7 @@ def measure_suite(suite: str, timer: Timer, results: Path) -> int:
     for case in given:
         row: dict[str, Any] = {"what": case.what, "kind": case.kind}
         try:
-            row |= measure(timer, case, ceilings)
+            measure(timer, case, ceilings, row)
         except Exception as error:
             # The others are still worth having.
             traceback.print_exc()
@@ -145,17 +146,13 @@ def main() -> None:
     for suite in suites:
         if suite not in SUITES:
             parser.error(f"SUITE must be one of {', '.join(SUITES)}, received {suite!r}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = parse_device(parser, options.check)
     if options.check:
-        if os.environ.get("HFH_EMULATE_CUDA") == "1":
-            import tests.cuda_device  # noqa: F401  (puts the emulator in the CPU's place)
         timer = Timer(device, check=True)
         for suite in suites:
             for case in SUITES[suite](device, True):
-                measure(timer, case, None)
+                measure(timer, case, None, {})
         return
-    if device == "cpu":
-        parser.error("there is no GPU; --check runs without one")
     options.results.mkdir(parents=True, exist_ok=True)
     failed = sum(
         measure_suite(suite, Timer(device, check=False), options.results) for suite in suites

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Callable
 
 import torch
 
 from bench.gpu_cases import TINY_LOOKUPS, TINY_SMALL_BATCH_LINEARS, run_linear
+from bench.gpu_timer import parse_device
 from bench.shapes import GPU_LOOKUPS, GPU_SMALL_BATCH_LINEARS, ZIPF, GPULinear, GPULookups
 
 PROFILED_IN_FEATURES = 4096
@@ -66,11 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="once, tiny, on the CPU too")
     check = parser.parse_args().check
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not check:
-        parser.error("there is no GPU; --check runs without one")
-    if check and os.environ.get("HFH_EMULATE_CUDA") == "1":
-        import tests.cuda_device  # noqa: F401  (puts the emulator in the CPU's place)
+    device = parse_device(parser, check)
     runs = launches(device, check)
     for run in runs.values():
         run()

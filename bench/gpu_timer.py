@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +16,17 @@ import triton
 
 REPEATS = 20
 Candidates = dict[str, Callable[[], object]]
+
+
+def parse_device(parser: argparse.ArgumentParser, check: bool) -> str:
+    """The GPU, or to check the CPU, where HFH_EMULATE_CUDA=1 then runs the CUDA kernels."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if not check:
+        parser.error("there is no GPU; --check runs without one")
+    if os.environ.get("HFH_EMULATE_CUDA") == "1":
+        import tests.cuda_device  # noqa: F401  (puts the emulator in the place of the CPU's)
+    return "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
