@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import Ceilings, Work
+from bench.gpu_timer import Ceilings, Work
 from bench.linear import RESULTS
 from bench.shapes import GPU_BATCHES, PLAIN
 from hfh_kernels.ops.tuning import ROWS
