@@ -106,7 +106,7 @@ BATCHES = [
 SAMPLES = [*NETWORKS, *PLACES, *ELEMENTS, *BATCHES]
 
 
-def by_name(samples: list[Sample]) -> Any:
+def by_name(samples: list[Sample]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("sample", samples, ids=lambda sample: sample.name)
 
 
