@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from bench import compiled_cuda
 from bench.compiled_cuda import Kernel
-from bench.gpu import Ceilings, Work
+from bench.gpu_timer import Ceilings, Work
 from bench.shapes import (
     GPU_SMALL_BATCH_LINEARS,
     GPU_TRAINING_LINEARS,

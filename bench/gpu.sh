@@ -1,20 +1,149 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: builds the extension, runs the GPU tests but the slow, measures, writes
-# bench/results/gpu-*.json. Needs torch, triton, pybind11, ninja, pytest and hypothesis, no network.
+# On a machine with a GPU: builds, tests and measures. Needs torch, triton, pybind11, ninja, pytest,
+# hypothesis and nvcc, no network.
+#
+#   bench/gpu.sh [STAGE ...]
+#
+# Stages run in the order given, by default all but the last. Minutes are estimates for 16 cores and
+# an H200; where one command may take 10, `build test sanitize`, then `build cuda bench`.
+#
+#   build     3    the extension, for this GPU alone
+#   test      4    the tests of Triton's and the CUDA kernels but the slow
+#   sanitize  3    compute-sanitizer's memcheck and racecheck over a few tests of the CUDA kernels
+#   cuda      3    bench.gpu cuda: what the CUDA kernels are for
+#   bench     4    bench.gpu layers: every operator as it is dispatched
+#   ncu       2    Nsight Compute's counters of the CUDA kernels
+#
+# Figures go to the folder RESULTS, bench/results by default. A failure does not keep later stages
+# from running, but for one of the build, and makes the script fail at its end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+results=${RESULTS:-bench/results}
 # Unbuffered, so that a script cut short has printed what it did.
 export PYTHONPATH=.:python PYTHONUNBUFFERED=1
 
-HFH_BUILD=cpu "$python" setup.py build_ext --inplace
-parallel=()
-if "$python" -c 'import xdist' 2>/dev/null; then
-    parallel=(-n "$(nproc)")
-fi
-# A failed test does not keep the figures from being taken, but the script fails.
+SANITIZED='test_not_finite or test_misaligned or test_hot_rows or test_nan_reaches
+    or test_deterministic_gradients_do_not_depend_on_the_order'
+METRICS=(
+    sm__inst_executed.avg.per_cycle_active
+    smsp__issue_active.avg.pct_of_peak_sustained_active
+    sm__warps_active.avg.pct_of_peak_sustained_active
+    sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active
+    sm__inst_executed_pipe_fma.avg.pct_of_peak_sustained_active
+    sm__inst_executed_pipe_lsu.avg.pct_of_peak_sustained_active
+    sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active
+    l1tex__data_pipe_lsu_wavefronts_mem_shared.avg.pct_of_peak_sustained_elapsed
+    l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum
+    l1tex__throughput.avg.pct_of_peak_sustained_active
+    lts__throughput.avg.pct_of_peak_sustained_elapsed
+    dram__throughput.avg.pct_of_peak_sustained_elapsed
+)
+
+usage() {
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+    exit 2
+}
+
+# Of the first GPU, as HFH_CUDA_ARCHS has it: "90a".
+architecture() {
+    local capability
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d '. ')
+    # Hopper's own instructions are in none but its own machine code.
+    [ "$capability" = 90 ] && capability=90a
+    echo "$capability"
+}
+
+stage_build() {
+    HFH_CUDA_ARCHS=${HFH_CUDA_ARCHS:-$(architecture)}
+    export HFH_CUDA_ARCHS
+    local start=$SECONDS
+    HFH_BUILD=cuda "$python" setup.py build_ext --inplace
+    echo "built for $HFH_CUDA_ARCHS in $((SECONDS - start)) s"
+}
+
+stage_test() {
+    local parallel=()
+    if "$python" -c 'import xdist' 2>/dev/null; then
+        parallel=(-n "$(nproc)")
+    fi
+    # A core for each process: the references run on the CPU.
+    OMP_NUM_THREADS=1 "$python" -m pytest -q -m "(gpu or cuda) and not slow" \
+        --continue-on-collection-errors --durations 10 "${parallel[@]}" tests
+}
+
+# A tool, with its options, over the few tests, in the kernels of this project alone.
+sanitize() {
+    # Where each tensor has memory of its own, writing past its end is seen.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 compute-sanitizer --tool "$@" \
+        --target-processes all --kernel-name kernel_substring=hfh --error-exitcode 3 \
+        "$python" -m pytest -q -x -m "cuda and not slow" -k "${SANITIZED//$'\n'/ }" \
+        tests/test_cuda_linear.py tests/test_cuda_lookup.py tests/test_cuda_weight_backward.py
+}
+
+stage_sanitize() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "sanitize: compute-sanitizer is not on the PATH: left out"
+        return
+    fi
+    local failed=0
+    # PyTorch asks the driver for functions that it may not have, which is no error.
+    sanitize memcheck --report-api-errors no || failed=$?
+    sanitize racecheck || failed=$?
+    return "$failed"
+}
+
+stage_cuda() { "$python" -m bench.gpu --results "$results" cuda; }
+stage_bench() { "$python" -m bench.gpu --results "$results" layers; }
+
+stage_ncu() {
+    if ! command -v ncu >/dev/null; then
+        echo "ncu: it is not on the PATH: left out"
+        return
+    fi
+    # A name that ncu does not know for this chip would end it.
+    local known metrics=() metric name
+    known=$(ncu --query-metrics 2>/dev/null || true)
+    for metric in "${METRICS[@]}"; do
+        if [ -z "$known" ] || grep -q "^${metric%%.*} " <<<"$known"; then
+            metrics+=("$metric")
+        else
+            echo "ncu: left out $metric, which it does not list"
+        fi
+    done
+    name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-')
+    mkdir -p "$results"
+    timeout 240 ncu --clock-control none --profile-from-start off --kernel-name-base mangled \
+        --kernel-name regex:hfh --section SpeedOfLight --section LaunchStats --section Occupancy \
+        --metrics "$(IFS=, && echo "${metrics[*]}")" "$python" -m bench.gpu_profile \
+        >"$results/ncu-$name.txt"
+    echo "wrote $results/ncu-$name.txt"
+}
+
+stages=("$@")
+[ $# -gt 0 ] || stages=(build test sanitize cuda bench)
+for stage in "${stages[@]}"; do
+    case $stage in
+    build | test | sanitize | cuda | bench | ncu) ;;
+    *) usage ;;
+    esac
+done
 status=0
-"$python" -m pytest -q -m "gpu and not slow" --continue-on-collection-errors --durations 10 \
-    "${parallel[@]}" tests || status=$?
-"$python" -m bench.gpu || status=$?
+for stage in "${stages[@]}"; do
+    start=$SECONDS
+    echo "== $stage"
+    # In a shell of its own, which its first failure ends: errexit is off in what || follows.
+    set +e
+    (
+        set -e
+        "stage_$stage"
+    )
+    failed=$?
+    set -e
+    echo "== $stage: exit status $failed after $((SECONDS - start)) s"
+    if [ "$failed" != 0 ]; then
+        status=$failed
+        [ "$stage" != build ] || break
+    fi
+done
 exit "$status"

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import compiled_cuda, cuda_model
 from bench.cuda_model import H200
-from bench.gpu import Work
+from bench.gpu_timer import Work
 from bench.linear import RESULTS
 from bench.shapes import GPU_BATCHES, PLAIN
 from hfh_kernels.ops.tuning import ROWS

@@ -211,27 +211,52 @@ class GPULinear:
     compression: int = 16
     width: int = 4
     dtype: torch.dtype = torch.bfloat16
+    window: int | None = None
+    rows_per_window: int | None = None
+    num_layers: int = 1
+    """Over one pool."""
 
     @property
     def name(self) -> str:
+        window = f", window {self.window} of {self.rows_per_window} rows" if self.window else ""
+        compression = "" if self.compression == 16 else f", 1/{self.compression}"
+        layers = "" if self.num_layers == 1 else f", {self.num_layers} layers"
         return (
             f"{self.in_features} x {self.out_features}, U{self.num_hashes} depth {self.depth}, "
-            f"block {self.block}"
+            f"block {self.block}{window}{compression}{layers}"
         )
 
+    @property
+    def num_weights(self) -> int:
+        """Of a layer."""
+        return self.in_features * self.out_features
+
     def layer(self, device: str) -> HFHLinear:
-        size = self.in_features * self.out_features // self.compression
-        return HFHLinear(
-            self.in_features,
-            self.out_features,
-            bias=False,
-            pool=Pool(size, dtype=self.dtype, device=device),
-            num_hashes=self.num_hashes,
-            depth=self.depth,
-            width=self.width,
-            block=self.block,
-            device=device,
-        )
+        return self.layers(device)[0]
+
+    def layers(self, device: str) -> list[HFHLinear]:
+        size = self.num_layers * self.num_weights // self.compression
+        pool = Pool(size, dtype=self.dtype, device=device)
+        return [
+            HFHLinear(
+                self.in_features,
+                self.out_features,
+                bias=False,
+                pool=pool,
+                num_hashes=self.num_hashes,
+                depth=self.depth,
+                width=self.width,
+                block=self.block,
+                window=self.window,
+                rows_per_window=self.rows_per_window,
+                device=device,
+            )
+            for _ in range(self.num_layers)
+        ]
+
+    def dense_weight(self, device: str) -> torch.Tensor:
+        weight = torch.randn(self.out_features, self.in_features, device=device, dtype=self.dtype)
+        return weight.mul_((3 * self.in_features) ** -0.5)
 
     def input(self, batch: int, device: str) -> torch.Tensor:
         return torch.randn(batch, self.in_features, device=device, dtype=self.dtype)
@@ -247,6 +272,34 @@ GPU_LINEARS = (
     GPULinear(4096, 4096, block=1, depth=0, num_hashes=1),
 )
 """The last is HashedNets."""
+SMALL_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+WINDOW = 2**15
+"""64 KiB of bfloat16."""
+GPU_SMALL_BATCH_LINEARS = tuple(
+    GPULinear(
+        in_features,
+        out_features,
+        block=64,
+        depth=depth,
+        num_hashes=num_hashes,
+        window=WINDOW,
+        rows_per_window=rows,
+    )
+    for in_features, out_features in ((8192, 28672), (4096, 14336))
+    for num_hashes, depth, rows in ((4, 1, 32), (4, 1, 256), (2, 1, 32), (4, 2, 32))
+)
+TRAINING_BATCH = 4096
+GPU_TRAINING_LINEARS = (
+    GPULinear(4096, 4096),
+    GPULinear(4096, 4096, block=64, window=WINDOW, rows_per_window=256),
+    GPULinear(4096, 4096, block=1, depth=0, num_hashes=1, compression=512),
+)
+"""The last is HashedNets with a pool of 64 KiB."""
+GPU_DECODERS = tuple(
+    GPULinear(4096, 4096, block=64, depth=depth, window=WINDOW, rows_per_window=32, num_layers=64)
+    for depth in (1, 2)
+)
+"""Layers that one token goes through, one after the other."""
 
 
 PLAIN = "U4 depth 2, block 32, bf16"
@@ -288,11 +341,16 @@ class GPULookups:
     embedding_dim: int = 128
     num_indices: int = 2**20
     dtype: torch.dtype = torch.float32
+    zipf: float = 0.0
+    """Index i is drawn as often as (i + 1) ** -zipf says; 0 draws all alike."""
 
     @property
     def name(self) -> str:
         kind = f"bags of {self.bag_size}" if self.bag_size else "embedding"
-        return f"{kind}, {self.num_indices:,} of {self.num_embeddings:,} x {self.embedding_dim}"
+        zipf = f", Zipf({self.zipf})" if self.zipf else ""
+        return (
+            f"{kind}, {self.num_indices:,} of {self.num_embeddings:,} x {self.embedding_dim}{zipf}"
+        )
 
     def layer(self, device: str) -> HFHEmbedding | HFHEmbeddingBag:
         kind = functools.partial(HFHEmbeddingBag, mode="sum") if self.bag_size else HFHEmbedding
@@ -301,11 +359,20 @@ class GPULookups:
         return kind(self.num_embeddings, self.embedding_dim, pool=pool, device=device)
 
     def arguments(self, device: str) -> tuple[torch.Tensor, ...]:
-        indices = torch.randint(self.num_embeddings, (self.num_indices,), device=device)
+        indices = self._indices(device)
         if not self.bag_size:
             return (indices,)
         return indices, torch.arange(0, self.num_indices, self.bag_size, device=device)
 
+    def _indices(self, device: str) -> torch.Tensor:
+        if not self.zipf:
+            return torch.randint(self.num_embeddings, (self.num_indices,), device=device)
+        ranks = torch.arange(1, self.num_embeddings + 1, dtype=torch.float64, device=device)
+        sums = ranks.pow_(-self.zipf).cumsum(0)
+        drawn = torch.rand(self.num_indices, dtype=torch.float64, device=device).mul_(sums[-1])
+        return torch.searchsorted(sums, drawn).clamp_(max=self.num_embeddings - 1)
+
 
 GPU_CONVOLUTIONS = (GPUImages(),)
 GPU_LOOKUPS = (GPULookups(), GPULookups(bag_size=32))
+ZIPF = 1.1

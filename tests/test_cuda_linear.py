@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hfh_kernels import HashSpec, Reconstruction
 from tests.cuda_device import DEVICE, needs_cuda
-from tests.samples import BFLOAT16, Arguments, Sample, assert_matches
+from tests.samples import BFLOAT16, Arguments, Sample, assert_matches, differentiate, run
+from tests.test_operators import calls
 
 pytestmark = needs_cuda
 FLOAT16 = torch.float16
@@ -135,8 +136,9 @@ def can_run(sample: Sample, backend: str) -> bool:
     if backend == "cuda:tiles":
         return block >= 32 and batch <= 32
     if backend == "cuda:slot_products":
-        drawn = sample.hash_spec.window or sample.hash_spec.pool_size
-        return block >= 16 and drawn <= 512 * block and depth <= 1 and batch <= 8
+        slots = (sample.hash_spec.window or sample.hash_spec.pool_size) // block
+        few_slots = slots <= min(512, 2**15 // block)
+        return block >= 16 and few_slots and depth <= 1 and batch <= 8
     return True
 
 
@@ -173,6 +175,49 @@ def test_materialize(sample: Sample) -> None:
         )  # fmt: skip
         expected = sample.materialize(arguments.double(), "reference")
     assert_matches(actual.cpu(), expected, sample.dtype)
+
+
+@by_name([*NETWORKS[4:8], PLACES[1], BATCHES[1]])
+def test_trains(sample: Sample) -> None:
+    """Output and all gradients through autograd."""
+    arguments = sample.arguments()
+    leaves = on_device(arguments).require_grad()
+    grad = sample.grad_output()
+    actual = differentiate(sample.linear(leaves, "auto"), leaves, grad.to(DEVICE))
+    expected = run(sample, arguments.double(), "reference")
+    assert actual.keys() == expected.keys()
+    for name, result in actual.items():
+        assert_matches(result.cpu(), expected[name], sample.dtype)
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
+def test_compiled() -> None:
+    torch.compiler.reset()
+    layer = sample("compiled")
+    leaves = on_device(layer.arguments()).require_grad()
+    grad = layer.grad_output().to(DEVICE)
+    compiled = torch.compile(layer.linear, fullgraph=True, backend="aot_eager")
+    actual = differentiate(compiled(leaves, "auto"), leaves, grad)
+    expected = differentiate(layer.linear(leaves, "auto"), leaves, grad)
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    ["linear", "linear_backward_input", "linear_backward_weight", "materialize",
+     "materialize_backward"],
+)  # fmt: skip
+def test_opcheck(operator: str) -> None:
+    layer = sample("checked", num_hashes=1, depth=1)
+    arguments = [
+        value.detach().to(DEVICE).requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor)
+        else value
+        for value in calls(layer)[operator]
+    ]
+    torch.library.opcheck(
+        getattr(torch.ops.hfh, operator).default, tuple(arguments), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_several_panels() -> None:

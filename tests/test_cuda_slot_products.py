@@ -1,21 +1,19 @@
-"""CUDA's linear by slot products against the reference; emulated, where dispatch has no say."""
+"""CUDA's linear by slot products against the reference, on a GPU or emulated."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from hfh_kernels import HashSpec, Reconstruction
-from tests.cuda_device import EMULATED, needs_cuda
+from tests.cuda_device import DEVICE, needs_cuda
 from tests.samples import BFLOAT16, Arguments, Sample, assert_matches
 
-pytestmark = [
-    *needs_cuda,
-    pytest.mark.skipif(not EMULATED, reason="only the emulator has an operator of them alone"),
-]
+pytestmark = needs_cuda
 FLOAT16 = torch.float16
 LINEAR = Reconstruction(depth=1)
 
@@ -38,7 +36,7 @@ def spec(
     )
 
 
-def half_precision(dtype: torch.dtype = BFLOAT16, **fields: object) -> Sample:
+def half_precision(dtype: torch.dtype = BFLOAT16, **fields: Any) -> Sample:
     sample = Sample(**{"reconstruction": LINEAR, "dtype": dtype, "pool_dtype": dtype, **fields})
     name = f"{sample.hash_spec.num_hashes} hashes, block {sample.hash_spec.block}, {sample.batch}"
     return dataclasses.replace(sample, name=f"{sample.name}: {name}")
@@ -94,6 +92,13 @@ SAMPLES = [
         )
     ],
     half_precision(
+        name="columns in parts",
+        hash_spec=spec(64, 30),
+        batch=(1,),
+        in_features=64 * 32 * 12 + 10,
+        out_features=9,
+    ),
+    half_precision(
         name="hashednets",
         hash_spec=spec(32, 10, num_hashes=1),
         reconstruction=Reconstruction(depth=0),
@@ -102,12 +107,11 @@ SAMPLES = [
 ]
 
 
-def slot_products(sample: Sample, arguments: Arguments, processors: int = 1) -> tuple[Tensor, int]:
-    """The output, and the number of parts that its columns were split into."""
-    output, parts = torch.ops.hfh_emulator.slot_products(
-        *arguments, sample.out_features, processors, *sample.weight
-    )
-    return output, parts
+def slot_products(sample: Sample, arguments: Arguments) -> Tensor:
+    weight = sample.weight._replace(backend="cuda:slot_products")
+    on_device = arguments.map(lambda tensor: tensor.to(DEVICE))
+    output: Tensor = torch.ops.hfh.linear(*on_device, sample.out_features, *weight)
+    return output.cpu()
 
 
 def expected(sample: Sample, arguments: Arguments) -> Tensor:
@@ -120,30 +124,16 @@ each_sample = pytest.mark.parametrize(
 
 
 @each_sample
-@pytest.mark.parametrize("processors", (1, 40))
-def test_matches_reference(sample: Sample, processors: int) -> None:
+def test_matches_reference(sample: Sample) -> None:
     arguments = sample.arguments()
-    output, _ = slot_products(sample, arguments, processors)
+    output = slot_products(sample, arguments)
     assert output.dtype == sample.dtype
     assert_matches(output, expected(sample, arguments), sample.dtype)
 
 
-WIDE = half_precision(
-    name="wide", hash_spec=spec(64, 30), batch=(1,), in_features=64 * 330 + 10, out_features=9
-)
-
-
-def test_columns_in_parts() -> None:
-    arguments = WIDE.arguments()
-    output, parts = slot_products(WIDE, arguments, processors=100)
-    assert parts > 1
-    assert_matches(output, expected(WIDE, arguments), WIDE.dtype)
-    assert torch.equal(output, slot_products(WIDE, arguments, processors=100)[0])
-
-
 @pytest.mark.parametrize(
     ("in_features", "col_offset", "poisoned"),
-    ((20, 64 + 5, (*range(5), *range(25, 32))), (22, 20, range(10, 20)), (7, 32, range(7, 32))),
+    [(20, 64 + 5, (*range(5), *range(25, 32))), (22, 20, range(10, 20)), (7, 32, range(7, 32))],
 )
 def test_numbers_outside_the_columns_do_not_count(
     in_features: int, col_offset: int, poisoned: tuple[int, ...]
@@ -157,7 +147,7 @@ def test_numbers_outside_the_columns_do_not_count(
     arguments = sample.arguments()
     clean = expected(sample, arguments)
     arguments.pool.view(-1, 32)[:, list(poisoned)] = torch.inf
-    assert_matches(slot_products(sample, arguments)[0], clean, sample.dtype)
+    assert_matches(slot_products(sample, arguments), clean, sample.dtype)
 
 
 def test_infinite_slots_reach_the_rows_that_draw_them() -> None:
@@ -168,13 +158,13 @@ def test_infinite_slots_reach_the_rows_that_draw_them() -> None:
     arguments.pool.view(-1, 32)[7] = torch.inf
     finite = expected(sample, arguments).isfinite()
     assert 0 < finite.sum() < finite.numel()
-    output, _ = slot_products(sample, arguments)
+    output = slot_products(sample, arguments)
     assert torch.equal(output.isfinite(), finite)
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    (
+    [
         ({"dtype": torch.float32}, "of one type"),
         ({"pool_dtype": FLOAT16}, "of one type"),
         ({"reconstruction": Reconstruction(depth=2, width=4)}, "not depth 2"),
@@ -182,9 +172,9 @@ def test_infinite_slots_reach_the_rows_that_draw_them() -> None:
         ({"hash_spec": spec(64, 513)}, "at most 512 blocks of 64, not 513"),
         ({"hash_spec": spec(256, 200)}, "at most 128 blocks of 256, not 200"),
         ({"batch": (9,)}, "a batch of at most 8, not 9"),
-    ),
+    ],
 )
-def test_says_why_not(changes: dict[str, object], reason: str) -> None:
+def test_says_why_not(changes: dict[str, Any], reason: str) -> None:
     sample = dataclasses.replace(
         half_precision(name="refused", hash_spec=spec(64, 20)),
         **changes,

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "cuda/columns.h"
 #include "cuda/lookup.h"
+#include "cuda/numbers.h"
 
 // Which entries are in a bag, for kernels.
 
@@ -26,10 +26,7 @@ __device__ __forceinline__ EntryRange entries_of(const Bags& bags, int64_t bag,
 template <class Number>
 __device__ __forceinline__ float factor_of(const Bags& bags, int64_t entry) {
   if (bags.factors == nullptr) return 1.0f;
-  float factor[1];
-  load<Number, 1, Reuse::kLater>(static_cast<const Number*>(bags.factors) + entry)
-      .unpack_to(factor);
-  return factor[0];
+  return to_float(static_cast<const Number*>(bags.factors)[entry]);
 }
 
 }  // namespace hfh::cuda

@@ -125,17 +125,16 @@ std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& si
 }
 
 int num_parts_of_linear(const DeviceWeight& weight, const LayerSize& size, const Device& device) {
-  return plan_tiles(weight, 0, size.out_features, size.in_features, 0, kWarpSize, 0, device)
+  return plan_tiles(weight, 0, size.out_features, size.in_features, kWarpSize, 0, device)
       .segments.num_parts;
 }
 
 void linear_small(const DeviceWeight& weight, const LayerSize& size, const void* input,
-                  int64_t batch, int num_parts, float* parts, const Device& device,
-                  cudaStream_t stream) {
+                  int64_t batch, float* parts, const Device& device, cudaStream_t stream) {
   with_types(weight, [&]<class Number, class Shape>(Number, Shape) {
     const auto run = [&]<int kBatchTiles>() {
       const TilePlan plan =
-          plan_tiles(weight, 0, size.out_features, size.in_features, num_parts,
+          plan_tiles(weight, 0, size.out_features, size.in_features,
                      threads_of<Shape, kBatchTiles>(), sums_bytes(kBatchTiles), device);
       launch("linear_small",
              plan.shared ? linear_small_kernel<Number, Shape, Source::kShared, kBatchTiles>

@@ -32,11 +32,10 @@ std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& si
 int num_parts_of_linear(const DeviceWeight& weight, const LayerSize& size, const Device& device);
 
 /// input [batch, in_features] times the weight's transpose, both in the pool's dtype, in parts:
-/// `parts` [num_parts, batch, out_features] are to be added up. `batch` is from 1 to
+/// `parts` [num_parts_of_linear, batch, out_features] are to be added up. `batch` is from 1 to
 /// kMaxSmallBatch, no size is 0, `input` is aligned to 16 bytes and so is the pool.
 void linear_small(const DeviceWeight& weight, const LayerSize& size, const void* input,
-                  int64_t batch, int num_parts, float* parts, const Device& device,
-                  cudaStream_t stream);
+                  int64_t batch, float* parts, const Device& device, cudaStream_t stream);
 
 /// Rows [row_begin, row_begin + rows) of the weight to `panel` [rows, in_features], in the pool's
 /// dtype; no size is 0, both are aligned to 16 bytes.

@@ -56,7 +56,7 @@ void write_panel(const DeviceWeight& weight, const LayerSize& size, int64_t row_
                  void* panel, const Device& device, cudaStream_t stream) {
   with_types(weight, [&]<class Number, class Shape>(Number, Shape) {
     const auto run = [&]<bool kElements>() {
-      const TilePlan plan = plan_tiles(weight, row_begin, rows, size.in_features, 0,
+      const TilePlan plan = plan_tiles(weight, row_begin, rows, size.in_features,
                                        tile_threads<Shape>(false), 0, device);
       launch("write_panel",
              plan.shared ? write_panel_kernel<Number, Shape, Source::kShared, kElements>

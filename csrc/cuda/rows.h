@@ -7,6 +7,7 @@
 #include "cuda/columns.h"
 #include "cuda/launch.h"
 #include "cuda/lookup.h"
+#include "cuda/numbers.h"
 #include "cuda/scalar.h"
 
 // Rows of a table, a few columns a lane. Included by the kernels of look-ups alone.
@@ -256,7 +257,7 @@ Rows<const Number> dense_rows(const Lookup& lookup, const Layout& layout) {
 /// constants.
 template <class F>
 void with_kernel(const VirtualWeight& weight, const F& f) {
-  const auto with_number = [&]<class Number>(Number number) {
+  with_number(weight.pool_dtype, [&]<class Number>(Number number) {
     with_shape(weight, [&](auto shape) {
       if (weight.hash.block() >= kVectorColumns<Number>) {
         f(number, std::integral_constant<int, kVectorColumns<Number>>{}, shape);
@@ -264,15 +265,7 @@ void with_kernel(const VirtualWeight& weight, const F& f) {
         f(number, std::integral_constant<int, 1>{}, shape);
       }
     });
-  };
-  switch (weight.pool_dtype) {
-    case DType::kBFloat16:
-      return with_number(BFloat16{});
-    case DType::kFloat16:
-      return with_number(Float16{});
-    default:
-      return with_number(0.0f);
-  }
+  });
 }
 
 }  // namespace hfh::cuda

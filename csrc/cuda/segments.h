@@ -81,38 +81,57 @@ struct TilePlan {
   Grid grid;
 };
 
-/// For rows [row_begin, row_begin + rows) and all columns of a layer; `num_parts` 0 leaves the
-/// number of parts to the plan. A processor runs `threads`; warps need `warp_bytes` of shared
-/// memory at their end.
+/// How many parts of the columns make the fewest clocks: more parts fill a device whose processors
+/// outnumber the groups, but every block copies its elements again.
+inline int32_t best_num_parts(int64_t groups, int32_t segments, int64_t blocks_at_once,
+                              size_t copied_bytes) {
+  // Counted for an H200, depth 2: a processor makes a weight of a tile in 1/10 clock and copies,
+  // negates and writes a byte in 1/20.
+  constexpr double kWeightClocks = 0.1, kByteClocks = 0.05;
+  constexpr int32_t kMostParts = 64, kFewestSegments = 6;
+  double fewest = 0.0;
+  int32_t best = 1;
+  for (int32_t parts = 1; parts <= kMostParts && parts * kFewestSegments <= segments; ++parts) {
+    const double weights = static_cast<double>(kGroupRows) * kSegment * segments / parts;
+    const int64_t waves = (groups * parts + blocks_at_once - 1) / blocks_at_once;
+    const double clocks =
+        static_cast<double>(waves) *
+        (weights * kWeightClocks + static_cast<double>(copied_bytes) * kByteClocks);
+    if (parts == 1 || clocks < fewest) {
+      fewest = clocks;
+      best = parts;
+    }
+  }
+  return best;
+}
+
+/// For rows [row_begin, row_begin + rows) and all columns of a layer. A processor runs `threads`;
+/// warps need `warp_bytes` of shared memory at their end.
 inline TilePlan plan_tiles(const DeviceWeight& weight, int64_t row_begin, int64_t rows,
-                           int64_t in_features, int num_parts, int threads, size_t warp_bytes,
+                           int64_t in_features, int threads, size_t warp_bytes,
                            const Device& device) {
   const RowGroups groups(weight.hash, weight.row_offset + static_cast<uint64_t>(row_begin),
                          static_cast<uint64_t>(rows));
   Segments segments{weight.col_offset, static_cast<int32_t>(in_features / kSegment), 1};
-  if (num_parts == 0) {
-    // Enough blocks to fill the device twice, as long as each warp has a segment.
-    constexpr int64_t kWarps = 6;
-    const int64_t wanted = (2 * device.processors + groups.count() - 1) / groups.count();
-    num_parts =
-        static_cast<int>(std::clamp<int64_t>(wanted, 1, (segments.count + kWarps - 1) / kWarps));
-  }
-  segments.num_parts = num_parts;
   constexpr size_t kElementBytes = 2;
   const size_t bytes = 2 * drawn_bytes(weight.hash, kElementBytes);
   // Copied, negated and read once: without reuse, shared memory gains nothing.
-  const double gathered = static_cast<double>(kGroupRows) * static_cast<double>(in_features) /
-                          num_parts * weight.hash.num_hashes * kElementBytes;
+  const double gathered = static_cast<double>(kGroupRows) * static_cast<double>(in_features) *
+                          weight.hash.num_hashes * kElementBytes;
   const bool shared =
       bytes + kBarrierBytes <= device.shared_bytes && static_cast<double>(bytes) <= gathered;
   const size_t room = shared ? kBarrierBytes + bytes : 0;
   // Two blocks a processor where both fit.
-  if (2 * room <= device.shared_bytes) threads /= 2;
+  const int at_once = 2 * room <= device.shared_bytes ? 2 : 1;
+  threads /= at_once;
+  segments.num_parts = best_num_parts(groups.count(), segments.count,
+                                      int64_t{at_once} * device.processors, shared ? bytes : 0);
   const size_t at_end = warp_bytes * static_cast<size_t>(threads / kWarpSize);
   return {groups,
           segments,
           shared,
-          {static_cast<unsigned>(groups.count() * num_parts), threads, std::max(room, at_end)}};
+          {static_cast<unsigned>(groups.count() * segments.num_parts), threads,
+           std::max(room, at_end)}};
 }
 
 /// Calls f(number, shape) with the types of a weight; false where there is no kernel for it.

@@ -31,26 +31,30 @@ at::Tensor GradientSum::result() const {
   return total.masked_fill(bound_.isfinite().logical_not(), std::nan("")).to(dtype_);
 }
 
-at::Tensor slope_bound(const at::Tensor& theta, const WeightArguments& args) {
+at::Tensor slope_bound(const at::Tensor& theta, const cuda::DeviceWeight& weight) {
+  const float scale = std::fabs(weight.scale);
+  if (theta.numel() == 0) return at::full({}, scale, theta.options().dtype(at::kFloat));
   const at::Tensor parameters = theta.to(at::kFloat).abs();
-  at::Tensor slopes = at::eye(args.depth == 0 ? 1 : args.num_hashes, parameters.options());
+  const int64_t depth = weight.reconstruct.depth, width = weight.reconstruct.width;
+  at::Tensor slopes = at::eye(weight.hash.num_hashes, parameters.options());
   int64_t first = 0;
-  for (int64_t layer = 0; layer < args.depth; ++layer) {
-    const int64_t inputs = slopes.size(0), outputs = layer + 1 < args.depth ? args.width : 1;
-    const at::Tensor weight = parameters.narrow(0, first, outputs * inputs);
+  for (int64_t layer = 1; layer <= depth; ++layer) {
+    const int64_t inputs = slopes.size(0), outputs = layer < depth ? width : 1;
+    const at::Tensor matrix = parameters.narrow(0, first, outputs * inputs);
     // No matrix product: cuBLAS's refuse where algorithms have to be deterministic.
-    slopes = (weight.view({outputs, inputs, 1}) * slopes).sum(1);
+    slopes = (matrix.view({outputs, inputs, 1}) * slopes).sum(1);
     first += outputs * (inputs + 1);
   }
-  return slopes.max() * std::fabs(args.scale);
+  return slopes.max() * scale;
 }
 
 at::Tensor theta_gradient(const at::Tensor& parts, const at::Tensor& theta,
-                          const WeightArguments& args) {
-  if (args.depth == 0) return at::zeros_like(theta);
+                          const cuda::DeviceWeight& weight) {
+  if (theta.numel() == 0) return at::zeros_like(theta);
   at::Tensor gradient = parts.sum(0);
-  const int64_t last_layer = args.depth == 1 ? args.num_hashes : args.width + 1;
-  gradient.narrow(0, gradient.numel() - last_layer, last_layer).mul_(args.scale);
+  const ReconstructParams& g = weight.reconstruct;
+  const int64_t last_layer = g.depth == 1 ? weight.hash.num_hashes : g.width + 1;
+  gradient.narrow(0, gradient.numel() - last_layer, last_layer).mul_(weight.scale);
   return gradient.to(theta.scalar_type());
 }
 

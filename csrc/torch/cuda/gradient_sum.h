@@ -4,7 +4,7 @@
 
 #include <functional>
 
-#include "torch/weight.h"
+#include "cuda/weight.h"
 
 // Buffers of gradients, while CUDA kernels add to them.
 
@@ -18,7 +18,7 @@ class GradientSum {
   /// `num_terms` terms exceeds, and is called where integers are summed.
   GradientSum(const at::Tensor& like, int64_t num_terms, const std::function<at::Tensor()>& bound);
 
-  void* sum() const { return sum_.mutable_data_ptr(); }
+  void* data() const { return sum_.mutable_data_ptr(); }
   /// How many of the integers' units make 1; null for float32.
   const float* units() const;
   /// The gradient in its dtype; NaN throughout where the bound is not finite.
@@ -30,11 +30,11 @@ class GradientSum {
 };
 
 /// At most how much V changes with an element, float32 []: the activations' slopes are at most 1.
-at::Tensor slope_bound(const at::Tensor& theta, const WeightArguments& args);
+at::Tensor slope_bound(const at::Tensor& theta, const cuda::DeviceWeight& weight);
 
 /// g's parameter gradient like `theta`, from parts [n, theta_size] of that of the parameters that
 /// kernels see: HashedNets have one, and the scale is folded into the last layer.
 at::Tensor theta_gradient(const at::Tensor& parts, const at::Tensor& theta,
-                          const WeightArguments& args);
+                          const cuda::DeviceWeight& weight);
 
 }  // namespace hfh::torch_ops

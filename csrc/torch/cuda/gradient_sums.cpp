@@ -1,66 +1,22 @@
 #include "torch/cuda/gradient_sums.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Context.h>
-
-#include <algorithm>
-#include <bit>
-#include <cmath>
-#include <limits>
 
 namespace hfh::torch_ops {
 
-namespace {
-
-/// At most how much a weight changes with an element: the activations' slopes are at most 1.
-at::Tensor slope(const cuda::DeviceWeight& weight, const at::Tensor& theta) {
-  if (theta.numel() == 0)
-    return at::full({}, std::fabs(weight.scale), theta.options().dtype(at::kFloat));
-  const int64_t hashes = weight.hash.num_hashes;
-  const int64_t depth = weight.reconstruct.depth, width = weight.reconstruct.width;
-  const at::Tensor magnitudes = theta.to(at::kFloat).abs();
-  at::Tensor slopes = at::eye(hashes, magnitudes.options());
-  int64_t start = 0;
-  for (int64_t layer = 1; layer <= depth; ++layer) {
-    const int64_t inputs = layer == 1 ? hashes : width, outputs = layer == depth ? 1 : width;
-    const at::Tensor matrix = magnitudes.narrow(0, start, outputs * inputs);
-    // No matrix product: cuBLAS's refuse where algorithms have to be deterministic.
-    slopes = (matrix.view({outputs, inputs, 1}) * slopes).sum(1);
-    start += outputs * inputs + outputs;
-  }
-  return slopes.max() * std::fabs(weight.scale);
-}
-
-}  // namespace
-
 PoolSum::PoolSum(const CheckedDeviceWeight& weight, const at::Tensor& pool, const at::Tensor& theta,
                  int64_t num_terms, const std::function<at::Tensor()>& weight_bound)
-    : dtype_(pool.scalar_type()) {
-  const bool deterministic = at::globalContext().deterministicAlgorithms();
-  total_ = at::zeros(pool.sizes(), pool.options().dtype(deterministic ? at::kLong : at::kFloat));
-  if (!deterministic) return;
-  // Twice: products of rounded numbers may exceed that of their bounds by a little.
-  bound_ = 2 * weight_bound() * slope(weight.get(), theta);
-  const at::Tensor exponent =
-      62 - std::bit_width(static_cast<uint64_t>(num_terms)) - std::get<1>(at::frexp(bound_));
-  units_ = at::ldexp(at::ones_like(bound_), exponent.clamp(-120, 120));
-}
+    : sum_(pool, num_terms, [&] { return weight_bound() * slope_bound(theta, weight.get()); }) {}
 
 cuda::PoolGradient PoolSum::argument() {
   cuda::PoolGradient sums{};
   if (in_units()) {
-    sums.pool_units = reinterpret_cast<unsigned long long*>(total_.mutable_data_ptr<int64_t>());
-    sums.units = units_.const_data_ptr<float>();
+    sums.pool_units = static_cast<unsigned long long*>(sum_.data());
+    sums.units = sum_.units();
   } else {
-    sums.pool = total_.mutable_data_ptr<float>();
+    sums.pool = static_cast<float*>(sum_.data());
   }
   return sums;
-}
-
-at::Tensor PoolSum::result() const {
-  if (!in_units()) return total_.to(dtype_);
-  const at::Tensor total = total_ / units_.to(at::kDouble);
-  return at::where(bound_.isfinite(), total, std::numeric_limits<double>::quiet_NaN()).to(dtype_);
 }
 
 GradientSums::GradientSums(const CheckedDeviceWeight& weight, const at::Tensor& pool,

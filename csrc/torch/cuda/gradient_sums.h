@@ -10,14 +10,11 @@
 #include "cuda/launch.h"
 #include "cuda/weight_backward.h"
 #include "torch/cuda/device_weight.h"
+#include "torch/cuda/gradient_sum.h"
 
 namespace hfh::torch_ops {
 
-/// The gradient of a pool, while kernels add to it: zeros in float32.
-///
-/// Under torch.use_deterministic_algorithms it is a sum of integers, the same in any order: a term
-/// is added in units so small that an int64 just holds the largest sum there can be. All of it is
-/// NaN where the terms have no bound.
+/// The gradient of a pool, while kernels add to it; see GradientSum.
 class PoolSum {
  public:
   /// At most `num_terms` gradients of elements are added to it. `weight_bound()` is a number,
@@ -25,15 +22,14 @@ class PoolSum {
   PoolSum(const CheckedDeviceWeight& weight, const at::Tensor& pool, const at::Tensor& theta,
           int64_t num_terms, const std::function<at::Tensor()>& weight_bound);
 
-  bool in_units() const { return bound_.defined(); }
+  bool in_units() const { return sum_.units() != nullptr; }
   /// What kernels receive; theta's part is the caller's.
   cuda::PoolGradient argument();
   /// The gradient in the pool's dtype.
-  at::Tensor result() const;
+  at::Tensor result() const { return sum_.result(); }
 
  private:
-  at::ScalarType dtype_;
-  at::Tensor total_, bound_, units_;
+  GradientSum sum_;
 };
 
 /// The gradients of pool and theta, from those of stretches of rows of the weight.

@@ -151,13 +151,12 @@ LinearKernel require_kernel(const Product& product, c10::string_view backend) {
   return kernel;
 }
 
-/// Where algorithms have to be deterministic, cuBLAS's products may refuse: Triton's do not.
-std::string why_not_automatic(c10::string_view backend) {
+}  // namespace
+
+std::string why_not_platform_product(c10::string_view backend) {
   const bool refuses = backend == "auto" && at::globalContext().deterministicAlgorithms();
   return refuses ? "the platform's product may not be deterministic" : "";
 }
-
-}  // namespace
 
 std::string why_not_linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
                            int64_t out_features, HFH_WEIGHT_PARAMETERS) {
@@ -172,7 +171,7 @@ std::string why_not_linear(const at::Tensor& input, const at::Tensor& pool, cons
   std::string reason;
   const LinearKernel kernel = choose(product, reason);
   if (kernel == LinearKernel::kNone) return reason;
-  return kernel == LinearKernel::kPanels ? why_not_automatic(backend) : "";
+  return kernel == LinearKernel::kPanels ? why_not_platform_product(backend) : "";
 }
 
 std::string why_not_linear_backward_input(const at::Tensor& grad_output, const at::Tensor& pool,
@@ -183,7 +182,7 @@ std::string why_not_linear_backward_input(const at::Tensor& grad_output, const a
   const CheckedDeviceWeight weight(pool, theta, size.out_features, in_features,
                                    {HFH_WEIGHT_ARGUMENTS});
   const std::string reason = why_not_panels(product_of(grad_output, pool, size, weight));
-  return reason.empty() ? why_not_automatic(backend) : reason;
+  return reason.empty() ? why_not_platform_product(backend) : reason;
 }
 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Tensor& theta,
@@ -235,8 +234,8 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Ten
       const int num_parts = cuda::num_parts_of_linear(weight.get(), size, device);
       const at::Tensor parts = workspace(num_parts * product.batch * out_features);
       auto* sums = parts.mutable_data_ptr<float>();
-      cuda::linear_small(weight.get(), size, matrix.const_data_ptr(), product.batch, num_parts,
-                         sums, device, scope.stream());
+      cuda::linear_small(weight.get(), size, matrix.const_data_ptr(), product.batch, sums, device,
+                         scope.stream());
       cuda::sum_parts(sums, num_parts, product.batch, out_features, bias_data, product.dtype,
                       out.mutable_data_ptr(), scope.stream());
       break;

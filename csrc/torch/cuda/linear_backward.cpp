@@ -3,30 +3,30 @@
 #include <algorithm>
 #include <vector>
 
+#include "cuda/crossovers.h"
 #include "torch/cuda/gradient_sums.h"
 #include "torch/cuda/operators.h"
 #include "torch/cuda/stream.h"
 
 // The gradients of pool and theta. That of a linear layer's weight is a product that cuBLAS writes
-// panel by panel, each read from the second-level cache before the next is written.
+// panel by panel, each of which is read before the next takes its place.
 
 namespace hfh::torch_ops {
 
 namespace {
 
-// A third of an H200's second-level cache, where what it is made of and what it is added to lie
-// too.
-constexpr int64_t kPanelBytes = int64_t{1} << 24;
+std::string why_not(const CheckedDeviceWeight& weight) {
+  return cuda::why_not_weight_backward(weight.get(), weight.rows(), weight.cols());
+}
 
 void check_can_run(const CheckedDeviceWeight& weight) {
-  const std::string reason =
-      cuda::why_not_weight_backward(weight.get(), weight.rows(), weight.cols());
+  const std::string reason = why_not(weight);
   TORCH_CHECK(reason.empty(), "backend 'cuda' cannot run: ", reason);
 }
 
 /// The rows behind the last of each panel, which ends with a window where it has room for one.
 std::vector<int64_t> panel_ends(const CheckedDeviceWeight& weight, int64_t row_bytes) {
-  const int64_t at_most = std::max<int64_t>(1, kPanelBytes / row_bytes);
+  const int64_t at_most = std::max<int64_t>(1, cuda::kGradientPanelBytes / row_bytes);
   const int64_t window_rows = std::max<int64_t>(1, weight.get().hash.rows_per_window);
   const int64_t offset = weight.get().row_offset;
   std::vector<int64_t> ends;
@@ -42,6 +42,22 @@ std::vector<int64_t> panel_ends(const CheckedDeviceWeight& weight, int64_t row_b
 }  // namespace
 
 namespace cuda_ops {
+
+std::string why_not_linear_backward_weight(const at::Tensor& grad_output, const at::Tensor& input,
+                                           const at::Tensor& pool, const at::Tensor& theta,
+                                           HFH_WEIGHT_PARAMETERS) {
+  if (grad_output.dim() == 0 || input.dim() == 0) return "grad_output and input need a dimension";
+  const std::string reason = why_not(CheckedDeviceWeight(pool, theta, grad_output.size(-1),
+                                                         input.size(-1), {HFH_WEIGHT_ARGUMENTS}));
+  return reason.empty() ? why_not_platform_product(backend) : reason;
+}
+
+std::string why_not_materialize_backward(const at::Tensor& grad, const at::Tensor& pool,
+                                         const at::Tensor& theta, HFH_WEIGHT_PARAMETERS) {
+  if (grad.dim() != 2) return "grad must be 2-d";
+  return why_not(
+      CheckedDeviceWeight(pool, theta, grad.size(0), grad.size(1), {HFH_WEIGHT_ARGUMENTS}));
+}
 
 std::tuple<at::Tensor, at::Tensor> materialize_backward(const at::Tensor& grad,
                                                         const at::Tensor& pool,

@@ -18,13 +18,6 @@ using OptionalTensor = std::optional<at::Tensor>;
 // Of fewer, so few can be of one index that sorting takes longer than their additions.
 constexpr int64_t kEntriesToSort = 8192;
 
-/// For the kernels' 16-byte accesses.
-at::Tensor aligned(const at::Tensor& pool) {
-  const at::Tensor contiguous = pool.contiguous();
-  const auto address = reinterpret_cast<uintptr_t>(contiguous.const_data_ptr());
-  return address % 16 == 0 ? contiguous : contiguous.clone();
-}
-
 int64_t checked_size(int64_t size, const char* name) {
   TORCH_CHECK_VALUE(size >= 0, name, " must not be negative, received ", size);
   return size;
@@ -49,8 +42,7 @@ class CheckedLookup {
                 const WeightArguments& args)
       : pool(pool),
         theta(theta),
-        args(args),
-        weight_(aligned(pool), theta, checked_size(num_embeddings, "num_embeddings"),
+        weight_(pool, theta, checked_size(num_embeddings, "num_embeddings"),
                 checked_size(cols, "embedding_dim"), args),
         indices_(indices.contiguous().view(-1)) {
     check_integers(indices, "indices");
@@ -93,7 +85,6 @@ class CheckedLookup {
 
   cuda::Lookup lookup;
   at::Tensor pool, theta, dense;  // dense [0, cols] where there is none
-  WeightArguments args;
 
  private:
   CheckedDeviceWeight weight_;
@@ -141,7 +132,7 @@ Gradients gradients_of(const CheckedLookup& checked, const at::Tensor& grad,
   };
   const int64_t num_terms = num_entries * lookup.cols * lookup.weight.hash.num_hashes;
   const GradientSum of_pool(pool, num_terms,
-                            [&] { return largest() * slope_bound(theta, checked.args); });
+                            [&] { return largest() * slope_bound(theta, lookup.weight); });
   const GradientSum of_dense(dense, num_entries, largest);
   const cuda::LookupPlan plan = cuda::plan_lookup_backward(lookup);
   const ReconstructParams& g = lookup.weight.reconstruct;
@@ -151,11 +142,11 @@ Gradients gradients_of(const CheckedLookup& checked, const at::Tensor& grad,
   cuda::lookup_backward(lookup, plan, grad.const_data_ptr(),
                         rows.defined() ? rows.const_data_ptr<int64_t>() : nullptr,
                         shares.defined() ? shares.const_data_ptr<float>() : nullptr,
-                        {{of_pool.sum(), of_pool.units()},
-                         {of_dense.sum(), of_dense.units()},
+                        {{of_pool.data(), of_pool.units()},
+                         {of_dense.data(), of_dense.units()},
                          of_theta.mutable_data_ptr<float>()},
                         stream);
-  return {of_pool.result(), theta_gradient(of_theta, theta, checked.args), of_dense.result()};
+  return {of_pool.result(), theta_gradient(of_theta, theta, lookup.weight), of_dense.result()};
 }
 
 /// The arguments that embedding_bag has beside a look-up's, checked.
@@ -200,6 +191,23 @@ class CheckedBags {
 };
 
 }  // namespace
+
+std::string why_not_embedding(const at::Tensor& pool, const at::Tensor& theta,
+                              int64_t num_embeddings, int64_t embedding_dim,
+                              HFH_WEIGHT_PARAMETERS) {
+  const VirtualWeight weight =
+      checked_coordinates(pool, theta, num_embeddings, embedding_dim, {HFH_WEIGHT_ARGUMENTS});
+  return cuda::why_not_lookup(weight, embedding_dim);
+}
+
+std::string why_not_embedding_bag(const at::Tensor& pool, const at::Tensor& theta,
+                                  int64_t num_embeddings, int64_t embedding_dim,
+                                  c10::string_view mode, HFH_WEIGHT_PARAMETERS) {
+  const std::string reason = cuda::why_not_mode(std::string(mode));
+  return reason.empty()
+             ? why_not_embedding(pool, theta, num_embeddings, embedding_dim, HFH_WEIGHT_ARGUMENTS)
+             : reason;
+}
 
 at::Tensor embedding(const at::Tensor& indices, const at::Tensor& pool, const at::Tensor& theta,
                      const OptionalTensor& dense, const OptionalTensor& permutation,
