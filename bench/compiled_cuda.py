@@ -234,7 +234,7 @@ def _short_name(demangled: str) -> str:
     name = re.sub(r"FixedShape<(\d+), (\d+), (\d+), \(Activation\)(\d)>", shape, name)
     name = re.sub(r"\(Source\)(\d)", lambda m: ("global", "shared")[int(m[1])], name)
     name = re.sub(r"\(Sums\)(\d)", lambda m: ("shared", "global", "units")[int(m[1])], name)
-    found = re.match(r"(\w+)_kernel(<.*?>)\(", name)
+    found = re.match(r"(?:\w+::)*(\w+)_kernel(<.*?>)\(", name)
     assert found is not None, name
     return found[1] + found[2]
 
@@ -244,19 +244,9 @@ def all_sources() -> list[Path]:
 
 
 def load() -> list[Kernel]:
-    """The rows that are kept."""
-    report = _kept()
+    """The rows of results/compiled_cuda.json."""
+    report = json.loads((RESULTS / "compiled_cuda.json").read_text())
     return [Kernel(**dict(zip(report["fields"], row, strict=True))) for row in report["rows"]]
-
-
-def kept_version() -> str:
-    """nvcc's, of the rows that are kept."""
-    return str(_kept()["nvcc"])
-
-
-def _kept() -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((RESULTS / "compiled_cuda.json").read_text())
-    return report
 
 
 def save(rows: list[Kernel], version: str) -> None:

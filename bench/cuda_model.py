@@ -163,8 +163,11 @@ def uses_slot_products(layer: GPULinear, batch: int) -> bool:
     """slot_products_win in csrc/cuda/crossovers.h, and what those kernels are made for."""
     assert layer.window is not None
     assert layer.rows_per_window is not None
-    slots = layer.window // layer.block
-    pays = batch * slots <= 16 * layer.num_hashes * layer.rows_per_window
+    hashes, block, slots = layer.num_hashes, layer.block, layer.window / layer.block
+    rows = min(layer.rows_per_window, SLOT_ROWS)
+    multiply = max(slots * block / 40, slots + 4 * block) / 32 / rows
+    add = max((13 + hashes * (8 + batch)) / 128, hashes * batch / 16)
+    pays = batch * multiply + add < block * hashes / 64
     return layer.depth == 1 and batch <= 8 and pays
 
 
