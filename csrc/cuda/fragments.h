@@ -151,19 +151,22 @@ class TileMaker {
       : hash_(weight.hash),
         base_(base),
         elements_(elements),
-        lane_(threadIdx.x % kWarpSize),
-        m_(lane_ / 4),
-        q_(lane_ % 4) {
+        lane_(opaque(threadIdx.x % kWarpSize)),
+        m_(opaque(lane_ / 4)),
+        q_(opaque(lane_ % 4)) {
+    // Opaque: kept in a register instead of computed again for every tile.
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      own_hash_[i] = hash_lane(kHashes < 4 ? q_ % kHashes : q_ + 4 * i);
+      own_hash_[i] = opaque(hash_lane(kHashes < 4 ? q_ % kHashes : q_ + 4 * i));
     }
   }
 
   /// The chunk of the segment that a lane's values of `turn` 0 or 1 belong to. Lanes of even rows
   /// begin with the first half of the segment, those of odd rows with the second: eight lanes that
   /// read together then read from all banks of the shared memory.
-  __device__ __forceinline__ int chunk(int turn) const { return q_ + 4 * (turn ^ (m_ & 1)); }
+  __device__ __forceinline__ int chunk(int turn) const {
+    return static_cast<int>(q_ + 4 * (turn ^ (m_ & 1)));
+  }
 
   /// Weights of the segment that begins at logical column `col`: value[i][turn] holds the chunk of
   /// row m + 8 i, a pair of columns a word.
@@ -173,6 +176,37 @@ class TileMaker {
       make_by_columns(g, keys, col, value);
     } else {
       make_by_chunks(g, keys, col, value);
+    }
+  }
+
+  /// Calls f(u, value) with element u of the same weights, laid out as they are. A product with a
+  /// linear g needs no weights: it is the mixture of the products with their elements.
+  template <class F>
+  __device__ __forceinline__ void each_element(const RowKeys& keys, uint32_t col,
+                                               const F& f) const {
+    static_assert(!kElements);
+    const uint32_t from[2] = {col + kChunk * chunk(0), col + kChunk * chunk(1)};
+    uint32_t draws[2][2][kHashes];
+    draw_chunk(keys, from[0], draws[0]);
+    if (hash_.log2_block < 6) {
+      draw_chunk(keys, from[1], draws[1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2 * kHashes; ++i) {
+        draws[1][i / kHashes][i % kHashes] = draws[0][i / kHashes][i % kHashes];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kHashes; ++u) {
+      // As in make_by_chunks; two elements at a time hide each other's way.
+      if (u % 2 == 0 || kHashes > 4) __syncwarp();
+      uint32_t value[2][2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = i / 2, turn = i % 2;
+        load_chunk(draws[turn][row][u], from[turn] & (hash_.block() - 1), value[row][turn]);
+      }
+      f(u, value);
     }
   }
 
@@ -298,6 +332,18 @@ class TileMaker {
     }
   }
 
+  /// A chunk of what is at `place`, with its sign, a pair of columns a word.
+  __device__ __forceinline__ void load_chunk(uint32_t place, uint32_t inside,
+                                             uint32_t (&words)[4]) const {
+    const uint4 chunk = *reinterpret_cast<const uint4*>(element(place, inside));
+    // Both numbers of a word change their signs or neither does.
+    const uint32_t sign = kIsShared ? 0 : (place & kSign) | (place & kSign) >> 16;
+    words[0] = chunk.x ^ sign;
+    words[1] = chunk.y ^ sign;
+    words[2] = chunk.z ^ sign;
+    words[3] = chunk.w ^ sign;
+  }
+
   /// a[i][k]: element 4 step + k of the chunk of row m + 8 i, a pair of columns a word; those that
   /// there are not are 0.
   __device__ __forceinline__ void gather(int step, uint32_t col,
@@ -305,22 +351,12 @@ class TileMaker {
                                          uint32_t (&a)[2][4][4]) const {
     const uint32_t inside = col & (hash_.block() - 1);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int u = 4 * step + k;
-        uint4 chunk = make_uint4(0, 0, 0, 0);
-        uint32_t sign = 0;
-        if (u < kHashes) {
-          const uint32_t one = draws[i][u % kHashes];
-          chunk = *reinterpret_cast<const uint4*>(element(one, inside));
-          // Both numbers of a word change their signs or neither does.
-          if constexpr (!kIsShared) sign = (one & kSign) | (one & kSign) >> 16;
-        }
-        a[i][k][0] = chunk.x ^ sign;
-        a[i][k][1] = chunk.y ^ sign;
-        a[i][k][2] = chunk.z ^ sign;
-        a[i][k][3] = chunk.w ^ sign;
+    for (int i = 0; i < 8; ++i) {
+      const int u = 4 * step + i % 4;
+      if (u < kHashes) {
+        load_chunk(draws[i / 4][u % kHashes], inside, a[i / 4][i % 4]);
+      } else {
+        for (uint32_t& word : a[i / 4][i % 4]) word = 0;
       }
     }
   }
@@ -351,7 +387,7 @@ class TileMaker {
   HashParams hash_;
   uint32_t base_;
   const char* elements_;
-  int lane_, m_, q_;
+  uint32_t lane_, m_, q_;
   uint32_t own_hash_[kSteps];
 };
 

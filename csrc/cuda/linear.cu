@@ -31,7 +31,13 @@ __global__ void __launch_bounds__(threads_of<Shape, kBatchTiles>(), 1)
   const int rows = static_cast<int>(last - first);
   const uint32_t base = window_base(static_cast<uint32_t>(first), weight.hash);
   const char* elements = prepare_elements<Number, kSource>(weight, base);
+  constexpr bool kIsLinear = Network<Number, Shape>::kIsLinear;
   const Network<Number, Shape> g(weight);
+  float mixing[Shape::kHashesBound];
+  if constexpr (kIsLinear) {
+#pragma unroll
+    for (int u = 0; u < Shape::kHashesBound; ++u) mixing[u] = theta_value(weight, u);
+  }
   const TileMaker<Number, Shape, kSource, false> tiles(weight, base, elements);
   RowKeys keys[kTiles] = {{static_cast<uint32_t>(first), weight.hash.seed},
                           {static_cast<uint32_t>(first) + kTileRows, weight.hash.seed}};
@@ -51,36 +57,53 @@ __global__ void __launch_bounds__(threads_of<Shape, kBatchTiles>(), 1)
       const Number* from = input + entry * segments.in_features() + col + kChunk * (q + 4 * half);
       return __ldg(reinterpret_cast<const uint4*>(from));
     };
-    // Of larger batches each tile of rows loads the input again, out of the first-level cache:
-    // there are not registers enough to keep it.
-    constexpr bool kKeep = kBatchTiles <= 2;
+    // With a nonlinear g and a larger batch each tile of rows loads the input again, out of the
+    // cache: there are not registers enough to keep it.
+    constexpr bool kKeep = kIsLinear || kBatchTiles <= 2;
     uint4 kept[kKeep ? kBatchTiles : 1][2];
     if constexpr (kKeep) {
 #pragma unroll
       for (int i = 0; i < 2 * kBatchTiles; ++i) kept[i / 2][i % 2] = load(i / 2, i % 2);
     }
-    // Not unrolled: there are no registers for two tiles at once. What belongs to the tile at work
-    // comes first.
-#pragma unroll 1
+    // There may be no registers for two tiles at once. What belongs to the tile at work comes
+    // first.
+    constexpr int kTilesAtOnce = kIsLinear && Shape::kHashesBound <= 4 && kBatchTiles == 1 ? 2 : 1;
+#pragma unroll kTilesAtOnce
     for (int t = 0; t < kTiles; ++t) {
       if (t * kTileRows < rows) {
-        uint32_t value[2][2][4];
-        tiles.make(g, keys[0], segments.col_offset + col, value);
+        // Adds the product of `value`, laid out as a tile's weights are, with the input.
+        const auto multiply = [&](const uint32_t (&value)[2][2][4], float (&to)[kBatchTiles][4]) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          // Rows of odd m made the halves the other way round.
-          uint32_t a[2][4];
+          for (int half = 0; half < 2; ++half) {
+            // Rows of odd m made the halves the other way round.
+            uint32_t a[2][4];
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int row = i % 2, word = i / 2;
-            a[i / 4][i % 4] = m % 2 == half ? value[row][0][word] : value[row][1][word];
+            for (int i = 0; i < 8; ++i) {
+              const int row = i % 2, word = i / 2;
+              a[i / 4][i % 4] = m % 2 == half ? value[row][0][word] : value[row][1][word];
+            }
+#pragma unroll
+            for (int i = 0; i < kBatchTiles; ++i) {
+              const uint4 x = kKeep ? kept[kKeep ? i : 0][half] : load(i, half);
+              multiply_add_k16<Number>(to[i], a[0], {x.x, x.y}, to[i]);
+              multiply_add_k16<Number>(to[i], a[1], {x.z, x.w}, to[i]);
+            }
           }
+        };
+        if constexpr (kIsLinear) {
+          tiles.each_element(keys[0], segments.col_offset + col,
+                             [&](int u, const uint32_t (&value)[2][2][4]) {
+                               float products[kBatchTiles][4] = {};
+                               multiply(value, products);
 #pragma unroll
-          for (int i = 0; i < kBatchTiles; ++i) {
-            const uint4 x = kKeep ? kept[kKeep ? i : 0][half] : load(i, half);
-            multiply_add_k16<Number>(sums[0].of[i], a[0], {x.x, x.y}, sums[0].of[i]);
-            multiply_add_k16<Number>(sums[0].of[i], a[1], {x.z, x.w}, sums[0].of[i]);
-          }
+                               for (int i = 0; i < 4 * kBatchTiles; ++i) {
+                                 sums[0].of[i / 4][i % 4] += mixing[u] * products[i / 4][i % 4];
+                               }
+                             });
+        } else {
+          uint32_t value[2][2][4];
+          tiles.make(g, keys[0], segments.col_offset + col, value);
+          multiply(value, sums[0].of);
         }
       }
       rotate(sums);
@@ -115,9 +138,10 @@ __global__ void __launch_bounds__(threads_of<Shape, kBatchTiles>(), 1)
 
 std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& size, int64_t batch) {
   const std::string reason = why_not_tiles(weight, size.in_features);
-  if (reason.empty() && batch > kMaxSmallBatch) {
-    return "the batch must be at most " + std::to_string(kMaxSmallBatch) + ", received " +
-           std::to_string(batch);
+  const int64_t most = max_small_batch(weight.hash);
+  if (reason.empty() && batch > most) {
+    return "the batch must be at most " + std::to_string(most) + " with num_hashes " +
+           std::to_string(weight.hash.num_hashes) + ", received " + std::to_string(batch);
   }
   if (!reason.empty() || weight.hash.block() >= kSharedBlock) return reason;
   return "block must be at least " + std::to_string(kSharedBlock) + ", received " +
@@ -146,7 +170,7 @@ void linear_small(const DeviceWeight& weight, const LayerSize& size, const void*
       run.template operator()<1>();
     } else if (batch <= 2 * kBatchTile) {
       run.template operator()<2>();
-    } else {
+    } else if constexpr (Shape::kHashesBound <= 4) {
       run.template operator()<4>();
     }
   });

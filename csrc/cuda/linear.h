@@ -19,8 +19,8 @@ struct LayerSize {
   int64_t in_features;
 };
 
-/// Rows of input that one launch can take.
-inline constexpr int64_t kMaxSmallBatch = 32;
+/// Rows of input that `linear_small` can take: as many as there are registers for.
+inline int64_t max_small_batch(const HashParams& hash) { return hash.num_hashes > 4 ? 16 : 32; }
 
 /// Why `write_panel` has no kernel for a layer; empty where it has.
 std::string why_not_panel(const DeviceWeight& weight, const LayerSize& size);
@@ -33,7 +33,7 @@ int num_parts_of_linear(const DeviceWeight& weight, const LayerSize& size, const
 
 /// input [batch, in_features] times the weight's transpose, both in the pool's dtype, in parts:
 /// `parts` [num_parts_of_linear, batch, out_features] are to be added up. `batch` is from 1 to
-/// kMaxSmallBatch, no size is 0, `input` is aligned to 16 bytes and so is the pool.
+/// max_small_batch, no size is 0, `input` is aligned to 16 bytes and so is the pool.
 void linear_small(const DeviceWeight& weight, const LayerSize& size, const void* input,
                   int64_t batch, float* parts, const Device& device, cudaStream_t stream);
 
