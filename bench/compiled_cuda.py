@@ -4,7 +4,7 @@ results/compiled_cuda.json; it fails where a kernel spills.
 
 Instructions are those of the kernel's main loop, of all 32 lanes, for each number that a pass
 makes. Where the loop holds two ways of doing something, such as a slow one for columns that are not
-aligned, both count: the number is an upper bound.
+aligned, both count: the number is an upper bound. Where no loop is found all instructions count.
 """
 
 from __future__ import annotations
@@ -48,12 +48,19 @@ class MainLoop:
     """How often loops inside it run: not at all where they are for what seldom happens."""
 
 
+def tiles_at_once(arguments: Arguments) -> int:
+    """kTilesAtOnce in csrc/cuda/linear.cu."""
+    shape, batch_tiles = arguments[1], arguments[3]
+    return 2 if shape in ("U1 depth 1", "U2 depth 1", "U4 depth 1") and batch_tiles == "1" else 1
+
+
 TILE = MainLoop("weights: a tile of 16 rows and 64 columns", lambda _: 16 * 64, sass.TENSOR_OPCODES)
 ROW = "weights: some columns of a row a lane"
 WINDOW_ROWS = 32
 """For which slot products are counted: a window of 64 KiB usually serves as many."""
 MAIN_LOOPS = {
-    "linear_small": TILE,
+    # A linear g's loop over a group's two tiles is unrolled where there are registers for it.
+    "linear_small": dataclasses.replace(TILE, numbers=lambda a: 16 * 64 * tiles_at_once(a)),
     # Where each column draws for itself, a loop over pairs of columns.
     "write_panel": dataclasses.replace(
         TILE, inner_passes=lambda arguments: 4 if arguments[3] == "true" else 1
@@ -223,8 +230,8 @@ def short_names(mangled: Sequence[str]) -> list[str]:
 
 
 def _short_name(demangled: str) -> str:
-    name = demangled.replace("(anonymous namespace)::", "").replace("hfh::", "")
-    name = name.replace("cuda::", "").replace(" >", ">").removeprefix("void ")
+    name = re.sub(r"\w+::", "", demangled.replace("(anonymous namespace)::", ""))
+    name = name.replace(" >", ">").removeprefix("void ")
 
     def shape(match: re.Match[str]) -> str:
         hashes, depth, width, activation = match.groups()
@@ -234,7 +241,7 @@ def _short_name(demangled: str) -> str:
     name = re.sub(r"FixedShape<(\d+), (\d+), (\d+), \(Activation\)(\d)>", shape, name)
     name = re.sub(r"\(Source\)(\d)", lambda m: ("global", "shared")[int(m[1])], name)
     name = re.sub(r"\(Sums\)(\d)", lambda m: ("shared", "global", "units")[int(m[1])], name)
-    found = re.match(r"(?:\w+::)*(\w+)_kernel(<.*?>)\(", name)
+    found = re.match(r"(\w+)_kernel(<.*?>)\(", name)
     assert found is not None, name
     return found[1] + found[2]
 

@@ -37,7 +37,6 @@ TARGETS = {(4, 1): 0.5, (2, 1): 0.35, (4, 2): 0.95}
 """Time relative to the dense layer at these batches, by hashes and depth."""
 TILE_ROWS = 32
 """That a block of threads makes: kGroupRows in csrc/cuda/row_groups.h."""
-TILE_WEIGHTS = 16 * 64
 CHUNK_WORDS = 32
 """kWords in csrc/cuda/slot_products.cu."""
 SLOT_ROWS = 128
@@ -123,7 +122,7 @@ def by_tiles(kernels: Kernels, layer: GPULinear, batch: int) -> Units:
         instructions=weights * kernel.lane_instructions / H200.instructions,
         shared_memory=(2 * layer.num_hashes * weights + inputs + 4 * windows) / SHARED_BYTES,
         tensor_cores=weights
-        / TILE_WEIGHTS
+        / kernel.numbers
         * kernel.tensor_instructions
         * TENSOR_INSTRUCTION
         / TENSOR_FLOPS,
