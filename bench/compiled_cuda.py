@@ -4,7 +4,7 @@ results/compiled_cuda.json; it fails where a kernel spills.
 
 Instructions are those of the kernel's main loop, of all 32 lanes, for each number that a pass
 makes. Where the loop holds two ways of doing something, such as a slow one for columns that are not
-aligned, both count: the number is an upper bound.
+aligned, both count: the number is an upper bound. Where no loop is found all instructions count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 QUICK = ("sm_90a",)
 WARP = 32
-ARITHMETIC = ("FFMA", "FMUL", "FADD")
+ARITHMETIC = ("FFMA",)
 
 Arguments = Sequence[str]
 """Of a template, as they are written in a row's name."""
@@ -44,36 +44,49 @@ class MainLoop:
     """The main loop is the shortest that holds nearly all instructions of these."""
     share: float = 0.9
     """How many are nearly all."""
+    inner_passes: Callable[[Arguments], int] = lambda _: 1
+    """How often loops inside it run: not at all where they are for what seldom happens."""
+
+
+def tiles_at_once(arguments: Arguments) -> int:
+    """kTilesAtOnce in csrc/cuda/linear.cu."""
+    shape, batch_tiles = arguments[1], arguments[3]
+    return 2 if shape in ("U1 depth 1", "U2 depth 1", "U4 depth 1") and batch_tiles == "1" else 1
 
 
 TILE = MainLoop("weights: a tile of 16 rows and 64 columns", lambda _: 16 * 64, sass.TENSOR_OPCODES)
+ROW = "weights: some columns of a row a lane"
 WINDOW_ROWS = 32
 """For which slot products are counted: a window of 64 KiB usually serves as many."""
 MAIN_LOOPS = {
-    "linear_small": TILE,
-    "write_panel": TILE,
-    # The other ways are for quads that are not aligned, a column at a time, and for small blocks.
-    "weight_backward": MainLoop("weights: a quad of columns a lane", lambda _: 4 * WARP, share=0.6),
+    # A linear g's loop over a group's two tiles is unrolled where there are registers for it.
+    "linear_small": dataclasses.replace(TILE, numbers=lambda a: 16 * 64 * tiles_at_once(a)),
+    # Where each column draws for itself, a loop over pairs of columns.
+    "write_panel": dataclasses.replace(
+        TILE, inner_passes=lambda arguments: 4 if arguments[3] == "true" else 1
+    ),
+    # Without a block's hash, once for two quads. The loops inside it are for columns that are not
+    # aligned, and for sums that another thread was adding to.
+    "weight_backward": MainLoop(
+        "weights: a quad of columns a lane",
+        lambda _: 4 * WARP,
+        share=0.75,
+        inner_passes=lambda _: 0,
+    ),
     "slot_products": MainLoop(
         f"weights: a chunk's column blocks of {WINDOW_ROWS} rows, for 8 warps",
         lambda arguments: WINDOW_ROWS * WARP // int(arguments[2]) * int(arguments[1]) // 8,
         ("HMMA", "FFMA"),
         share=1.0,
     ),
-    # A lane makes some columns of a row.
-    "embedding": MainLoop("weights: a row's columns a team", lambda a: int(a[1]) * WARP, share=0.7),
-    "embedding_bag": MainLoop(
-        "weights: a row's columns a team", lambda a: int(a[2]) * WARP, share=0.7
+    # One hash function has no multiply-add: the rest of these load g's parameters.
+    "embedding": MainLoop(
+        ROW, lambda arguments: int(arguments[1]) * WARP, ("FFMA", "FMUL"), share=0.4
     ),
-    "lookup_backward": MainLoop(
-        "weights: a row's columns a team, with their gradient",
-        lambda a: int(a[1]) * WARP,
-        share=0.7,
-    ),
-    "factor_gradients": MainLoop(
-        "weights: a row's columns a team", lambda a: int(a[1]) * WARP, share=0.7
-    ),
-    "shares_of_bags": MainLoop("entries: one a lane", lambda _: WARP, ("STG",), share=0.6),
+    "embedding_bag": MainLoop(ROW, lambda arguments: int(arguments[2]) * WARP, share=0.7),
+    "lookup_backward": MainLoop(ROW, lambda arguments: int(arguments[1]) * WARP, share=0.7),
+    "factor_gradients": MainLoop(ROW, lambda arguments: int(arguments[1]) * WARP, share=0.7),
+    "shares_of_bags": MainLoop("entries: one a lane", lambda _: WARP, ("STG",), share=0.4),
     "sum_parts": MainLoop("sums of four parts, one a lane", lambda _: WARP, ("FADD",), share=0.4),
 }
 
@@ -92,9 +105,7 @@ class Kernel:
     instructions: int
     """Of the whole kernel."""
     loop_instructions: int
-    """Of the main loop."""
-    straight_instructions: int
-    """Of those, the ones that are in no loop inside it."""
+    """Of a warp in a pass of the main loop."""
     tensor_instructions: int
     """Of the main loop's."""
     numbers: int
@@ -115,17 +126,19 @@ class Kernel:
         """A number, that is a weight in most kernels."""
         made = self.loop_instructions
         if self.parts:
-            made = slot_pass(self.parts, num_hashes=4, batch=int(self.arguments[2]))
+            made = slot_pass(
+                self.parts, num_hashes=4, batch=int(self.arguments[2]), rows=WINDOW_ROWS
+            )
         return made * WARP / self.numbers
 
 
-def slot_pass(parts: dict[str, int], num_hashes: int, batch: int) -> int:
-    """Instructions of a warp for a chunk of slot products, in windows of WINDOW_ROWS rows.
+def slot_pass(parts: dict[str, int], num_hashes: int, batch: int, rows: int) -> int:
+    """Instructions of a warp for a chunk of slot products, in windows of that many rows.
 
     Both halves of the chunk are multiplied, then each pass adds up the products that `batch` rows
     of the warp draw (csrc/cuda/slot_products.cu).
     """
-    passes = max(WINDOW_ROWS // (8 * batch), 1)
+    passes = max(rows // (8 * batch), 1)
     return 2 * parts["multiply"] + passes * parts[f"add {num_hashes}"] + parts["rest"]
 
 
@@ -155,7 +168,11 @@ def measure(function: sass.Function, kernel: str, source: str, arch: str) -> Ker
     arguments = template.rstrip(">").split(", ")
     main = MAIN_LOOPS[name]
     everything = range(len(function.instructions))
-    loop = function.shortest_loop(main.opcodes, main.share) or everything
+    loop = function.shortest_loop(main.opcodes, main.share)
+    if loop is None:
+        print(f"no main loop: {arch} {kernel}")
+        loop = everything
+    straight = function.outside_loops(loop)
     return Kernel(
         kernel=kernel,
         source=source,
@@ -164,8 +181,7 @@ def measure(function: sass.Function, kernel: str, source: str, arch: str) -> Ker
         spilled_bytes=function.spilled_bytes,
         shared_bytes=function.shared_bytes,
         instructions=len(everything),
-        loop_instructions=len(loop),
-        straight_instructions=function.outside_loops(loop),
+        loop_instructions=straight + main.inner_passes(arguments) * (len(loop) - straight),
         tensor_instructions=function.count(sass.TENSOR_OPCODES, loop),
         numbers=main.numbers(arguments),
         parts=slot_parts(function, loop, int(arguments[2])) if name == "slot_products" else {},
@@ -214,8 +230,8 @@ def short_names(mangled: Sequence[str]) -> list[str]:
 
 
 def _short_name(demangled: str) -> str:
-    name = demangled.replace("(anonymous namespace)::", "").replace("hfh::", "")
-    name = name.replace("cuda::", "").removeprefix("void ")
+    name = re.sub(r"\w+::", "", demangled.replace("(anonymous namespace)::", ""))
+    name = name.replace(" >", ">").removeprefix("void ")
 
     def shape(match: re.Match[str]) -> str:
         hashes, depth, width, activation = match.groups()

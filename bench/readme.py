@@ -10,7 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_timer import Ceilings, Work
+from bench import compiled_cuda, cuda_model
+from bench.cuda_model import H200
+from bench.gpu_timer import Work
 from bench.linear import RESULTS
 from bench.shapes import GPU_BATCHES, PLAIN
 from hfh_kernels.ops.tuning import ROWS
@@ -127,10 +129,6 @@ def compiled_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-H200 = Ceilings(copy_bytes=4.3e12, product_flops=790e12, instructions=132 * 4 * 32 * 1.98e9)
-"""Measured elsewhere: a copy and a bfloat16 product; 132 processors at the highest clock."""
-
-
 def counts_table(report: dict[str, Any]) -> str:
     """Floors of forward passes on the H200, in microseconds, from what was compiled."""
     in_loop = {
@@ -158,6 +156,79 @@ def counts_table(report: dict[str, Any]) -> str:
                 dense = Work(2 * weights + activations, flops).floor(H200)[0]
                 cells.append(f"{1e6 * ours:.0f} ({1e6 * dense:.0f})")
             lines.append(f"| {inputs} x {outputs}, depth {depth} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cuda_compiled_table() -> str:
+    """The main CUDA kernels for the H200."""
+    lines = [
+        "| kernel, sm_90a, bfloat16 | registers | shared memory | instructions a weight |",
+        "|---|---|---|---|",
+    ]
+    rows = {row.kernel: row for row in compiled_cuda.load() if row.arch == cuda_model.ARCH}
+    for name, what in CUDA_KERNELS.items():
+        row = rows[name]
+        shared = cuda_model.window_shared_bytes(row.name)
+        lines.append(
+            f"| `{row.name}`, {what} | {row.registers} | {shared // 1024} KiB "
+            f"| {row.lane_instructions:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+U4, U2, DEEP = "U4 depth 1", "U2 depth 1", "U4 depth 2 width 4 relu"
+CUDA_KERNELS = {
+    "slot_products<BFloat16, 64, 1>": "U4 depth 1, batch 1",
+    "slot_products<BFloat16, 64, 4>": "U4 depth 1, batch 4",
+    f"linear_small<BFloat16, {U4}, shared, 1>": "U4 depth 1, batch 8",
+    f"linear_small<BFloat16, {U2}, shared, 1>": "U2 depth 1, batch 8",
+    f"linear_small<BFloat16, {DEEP}, shared, 1>": "U4 depth 2, batch 8",
+    f"linear_small<BFloat16, {DEEP}, shared, 2>": "U4 depth 2, batch 16",
+    f"write_panel<BFloat16, {DEEP}, shared, false>": "U4 depth 2",
+    "write_panel<BFloat16, U1 depth 1, shared, true>": "U1, block 1",
+    f"write_panel<BFloat16, {U4}, shared, true>": "U4 depth 1, block 1",
+    f"weight_backward<{U4}, shared, BFloat16>": "U4 depth 1",
+    f"weight_backward<{DEEP}, shared, BFloat16>": "U4 depth 2",
+    f"embedding<BFloat16, 8, {DEEP}>": "U4 depth 2",
+    f"embedding_bag<false, BFloat16, 8, {DEEP}>": "U4 depth 2",
+    f"lookup_backward<BFloat16, 8, {DEEP}>": "U4 depth 2",
+}
+"""Rows of the table, and what they are for."""
+
+
+def cuda_small_table() -> str:
+    """Products of small batches: times relative to the dense layer, and what binds."""
+    found = cuda_model.small_batches()
+    lines = [
+        "| counted, not measured | target | "
+        + " | ".join(f"batch {batch}" for batch in cuda_model.BATCHES)
+        + " |",
+        "|---" * (len(cuda_model.BATCHES) + 2) + "|",
+    ]
+    for layer in dict.fromkeys(small.layer for small in found):
+        rows = [small for small in found if small.layer == layer]
+        cells = (
+            f"{small.ratio:.2f} ({small.units.binding}{'' if small.kernel == 'tiles' else ', s'})"
+            for small in rows
+        )
+        name = (
+            f"{layer.in_features} x {layer.out_features}, U{layer.num_hashes} depth {layer.depth}, "
+            f"windows of {layer.rows_per_window} rows"
+        )
+        lines.append(f"| {name} | {rows[0].target} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cuda_large_table() -> str:
+    """Products of large batches by panels: what reconstruction adds to the dense layer's time."""
+    lines = [
+        "| counted, not measured: batch 4096 | forward | forward + backward |",
+        "|---|---|---|",
+    ]
+    found = cuda_model.large_batches()
+    for layer in dict.fromkeys(large.layer for large in found):
+        cells = [f"{large.ratio:.2f}" for large in found if large.layer == layer]
+        lines.append("| " + " | ".join([layer.name, *cells, ""][:3]) + " |")
     return "\n".join(lines)
 
 
@@ -289,6 +360,9 @@ def main() -> None:
     compiled = json.loads((RESULTS / "compiled.json").read_text())
     text = replace_block(text, "compiled", compiled_table(compiled))
     text = replace_block(text, "counts", counts_table(compiled))
+    text = replace_block(text, "compiled CUDA", cuda_compiled_table())
+    text = replace_block(text, "small batches on CUDA", cuda_small_table())
+    text = replace_block(text, "large batches on CUDA", cuda_large_table())
     text = replace_block(text, "fit", fit_text(json.loads((RESULTS / "fit.json").read_text())))
     README.write_text(text)
 

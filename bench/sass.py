@@ -23,6 +23,8 @@ class Function:
     name: str
     """Mangled."""
     instructions: tuple[str, ...]
+    body: range
+    """Of instructions: up to the last exit. Behind it are functions that the kernel calls."""
     loops: tuple[range, ...]
     """Of instructions, by their backward branches: the last branch to each beginning."""
     blocks: tuple[range, ...]
@@ -53,7 +55,7 @@ class Function:
     def shortest_loop(self, opcodes: Iterable[str], share: float) -> range | None:
         """The shortest loop that holds that share of the opcodes' instructions."""
         opcodes = tuple(opcodes)
-        least = share * max(self.count(opcodes), 1)
+        least = share * max(self.count(opcodes, self.body), 1)
         enough = [loop for loop in self.loops if self.count(opcodes, loop) >= least]
         return min(enough, key=len, default=None)
 
@@ -107,6 +109,8 @@ def _function(name: str, text: str, usage: str) -> Function:
         code = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
         if code:
             instructions.append(code[1].strip())
+    exits = [i for i, instruction in enumerate(instructions) if instruction == "EXIT"]
+    end = exits[-1] if exits else len(instructions) - 1
     last_branch: dict[int, int] = {}
     ends = set(labels.values()) | {len(instructions)}
     for i, instruction in enumerate(instructions):
@@ -115,8 +119,8 @@ def _function(name: str, text: str, usage: str) -> Function:
             continue
         ends.add(i + 1)
         start = labels.get(branch[1], i)
-        # A kernel ends in a branch to itself.
-        if start < i:
+        # A kernel ends in a branch to itself. What stands behind the exit goes back to its middle.
+        if start < i and not start <= end < i:
             last_branch[start] = i
     borders = sorted(ends | {0})
     resources = re.search(rf"Function {re.escape(name)}:\s*(.*)", usage)
@@ -130,7 +134,8 @@ def _function(name: str, text: str, usage: str) -> Function:
     return Function(
         name,
         tuple(instructions),
-        loops=tuple(range(start, end + 1) for start, end in last_branch.items()),
+        body=range(end + 1),
+        loops=tuple(range(start, stop + 1) for start, stop in last_branch.items()),
         blocks=tuple(range(a, b) for a, b in itertools.pairwise(borders)),
         registers=resource("REG"),
         stack_bytes=resource("STACK"),

@@ -45,8 +45,11 @@ class Network {
       const float high = here && both ? theta_value(weight, i + 1) : 0.0f;
       return pack<Number>(low, high);
     };
+#pragma unroll
     for (int tile = 0; tile < kFirstTiles; ++tile) {
+#pragma unroll
       for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int u = 4 * step + 2 * half, hidden = 2 * tile + m % 2;
           const int row = kIsLinear ? 0 : hidden * kHashes;
@@ -57,10 +60,13 @@ class Network {
     }
     if constexpr (!kIsLinear) {
       const int bias = kHashes * kWidth, second = bias + kWidth;
+#pragma unroll
       for (int i = 0; i < 2 * kWidth; ++i) {
         hidden_bias_[i / 4][i % 4] = theta_value(weight, bias + i / 4 * 2 + i % 2);
       }
+#pragma unroll
       for (int parity = 0; parity < 2; ++parity) {
+#pragma unroll
         for (int j = 0; j < kWidth; j += 2) {
           second_[parity][j / 4][j % 4 / 2] = pair(second + j, true, m == 2 * q + parity);
         }
