@@ -1,8 +1,8 @@
 """What the CUDA kernels can at best reach on an H200: counted, not measured.
 
-`python -m bench.cuda_model` prints the tables that README has. No kernel is faster than the slowest
-of four units: instructions (results/compiled_cuda.json), shared memory, tensor cores and memory.
-How close to it the kernels come is for a GPU to tell.
+`python -m bench.cuda_model` prints the tables that README has. A kernel takes at least as long as
+the slowest of four units: instructions (results/compiled_cuda.json), shared memory, tensor cores
+and memory. How close to it the kernels come is for a GPU to tell.
 """
 
 from __future__ import annotations
