@@ -47,7 +47,9 @@ def extension_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_backend() -> None:
-    message = r"backend must be one of \('auto', 'cpu', 'cuda', 'triton', 'reference'\), received 'gpu'"
+    message = (
+        r"backend must be one of \('auto', 'cpu', 'cuda', 'triton', 'reference'\), received 'gpu'"
+    )
     for ask in (dispatch.choose, dispatch.can_run):
         with pytest.raises(ValueError, match=message):
             ask("gpu", torch.ones(1))
