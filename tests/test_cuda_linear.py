@@ -287,6 +287,24 @@ def test_rounds_a_small_float32_pool(batch: int) -> None:
     test_backward_input(layer)
 
 
+def test_refuses_an_unknown_kernel() -> None:
+    layer = sample("unknown")
+    with pytest.raises(ValueError, match=r"backend must be .*, received 'cuda:tile'"):
+        linear(layer, on_device(layer.arguments()), "cuda:tile")
+
+
+@pytest.mark.parametrize("backend", ["cuda:tiles", "cuda:slot_products", "cuda:panels"])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
+def test_theta_in_half_precision(backend: str, dtype: torch.dtype) -> None:
+    layer = sample("half theta", depth=1)
+    arguments = layer.arguments()
+    arguments = arguments._replace(theta=arguments.theta.to(dtype))
+    with torch.no_grad():
+        actual = linear(layer, on_device(arguments), backend)
+        expected = layer.linear(arguments.double(), "reference")
+    assert_matches(actual.cpu(), expected, layer.dtype)
+
+
 def test_refuses_mixed_dtypes() -> None:
     layer = dataclasses.replace(sample("mixed"), pool_dtype=torch.float32)
     with pytest.raises(RuntimeError, match="input and pool must both be bfloat16 or both float16"):

@@ -146,6 +146,10 @@ LinearKernel require_kernel(const Product& product, c10::string_view backend) {
     TORCH_CHECK(reason.empty(), "backend '", backend, "' cannot run: ", reason);
     return kernel;
   }
+  TORCH_CHECK_VALUE(backend == "auto" || backend == "cuda",
+                    "backend must be 'auto', 'cuda', 'triton' or the name of a kernel of linear, "
+                    "received '",
+                    backend, "'");
   const LinearKernel kernel = choose(product, reason);
   TORCH_CHECK(kernel != LinearKernel::kNone, "backend 'cuda' cannot run: ", reason);
   return kernel;
