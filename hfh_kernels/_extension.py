@@ -30,11 +30,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 _module, _reason = _load()
 _available = _module is not None
+_has_cuda = _module is not None and _module.build_info()["cuda"] is not None
 
 
 def available() -> bool:
     """Whether the compiled extension is loaded."""
     return _available
+
+
+def has_cuda() -> bool:
+    """Whether it has CUDA kernels; torch.compile can trace this, unlike build_info."""
+    return _has_cuda
 
 
 def reason() -> str | None:

@@ -42,7 +42,7 @@ def _cpu_reason(tensors: tuple[Tensor, ...]) -> str | None:
 def _cuda_reason(tensors: tuple[Tensor, ...]) -> str | None:
     if not _extension.available():
         return f"the compiled extension is not available: {_extension.reason()}"
-    if _extension.build_info()["cuda"] is None:
+    if not _extension.has_cuda():
         return "the extension was built without it: it needs nvcc and a PyTorch for CUDA"
     for tensor in tensors:
         if not tensor.is_cuda:
@@ -95,8 +95,11 @@ def can_run(backend: str, *tensors: Tensor) -> str | None:
     return _REASONS[backend](tensors)
 
 
-def choose(backend: str, *tensors: Tensor) -> str:
+def choose(backend: str, *tensors: Tensor, lacking: str | None = None) -> str:
     """The backend that runs: the first that can for "auto", else the one asked for.
+
+    Args:
+        lacking: a backend that has not this operator.
 
     Raises:
         RuntimeError: the backend asked for cannot run.
@@ -104,9 +107,11 @@ def choose(backend: str, *tensors: Tensor) -> str:
     """
     if backend == "auto":
         for name, reason_of in _REASONS.items():
-            if reason_of(tensors) is None:
+            if name != lacking and reason_of(tensors) is None:
                 return name
     reason = can_run(backend, *tensors)
+    if backend == lacking:
+        reason = "it has no such operator"
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
     return backend

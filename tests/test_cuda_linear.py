@@ -64,7 +64,8 @@ PLACES = [
         )
         for block in (32, 128)
         for window, rows, row, depth in (
-            (3, 5, 3, 2), (12, 32, 0, 1), (12, 40, 2**31 - 50, 2), (20, 7, 2**32 - 83, 1)
+            (3, 5, 3, 2), (12, 32, 0, 1), (12, 40, 2**31 - 50, 2), (20, 7, 2**32 - 83, 1),
+            (12, 2**32 - 1, 2**31 - 50, 2),
         )
     ],
     *[
@@ -284,6 +285,24 @@ def test_rounds_a_small_float32_pool(batch: int) -> None:
     layer = dataclasses.replace(layer, pool_dtype=torch.float32)
     check_linear(layer, "cuda")
     test_backward_input(layer)
+
+
+def test_refuses_an_unknown_kernel() -> None:
+    layer = sample("unknown")
+    with pytest.raises(ValueError, match=r"backend must be .*, received 'cuda:tile'"):
+        linear(layer, on_device(layer.arguments()), "cuda:tile")
+
+
+@pytest.mark.parametrize("backend", ["cuda:tiles", "cuda:slot_products", "cuda:panels"])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
+def test_theta_in_half_precision(backend: str, dtype: torch.dtype) -> None:
+    layer = sample("half theta", depth=1)
+    arguments = layer.arguments()
+    arguments = arguments._replace(theta=arguments.theta.to(dtype))
+    with torch.no_grad():
+        actual = linear(layer, on_device(arguments), backend)
+        expected = layer.linear(arguments.double(), "reference")
+    assert_matches(actual.cpu(), expected, layer.dtype)
 
 
 def test_refuses_mixed_dtypes() -> None:

@@ -70,6 +70,7 @@ SAMPLES = [
         for num_slots, draw_slots, rows_per_window, batch, out_features, row_offset in (
             (40, 33, 16, 3, 50, 5),
             (512, 512, 200, 1, 333, 130),
+            (40, 33, 300, 3, 150, 140),
             (300, 17, 7, 5, 30, 2**32 - 30),
         )
     ],

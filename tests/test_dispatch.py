@@ -47,7 +47,9 @@ def extension_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_backend() -> None:
-    message = r"backend must be one of \('auto', 'cpu', 'triton', 'reference'\), received 'gpu'"
+    message = (
+        r"backend must be one of \('auto', 'cpu', 'cuda', 'triton', 'reference'\), received 'gpu'"
+    )
     for ask in (dispatch.choose, dispatch.can_run):
         with pytest.raises(ValueError, match=message):
             ask("gpu", torch.ones(1))
@@ -83,6 +85,7 @@ def test_limits_of_cpu(tensors: list[Tensor], reason: str | None) -> None:
             dispatch.choose("cpu", *tensors)
         assert dispatch.explain(*tensors).splitlines() == [
             f"cpu: {dispatch.can_run('cpu', *tensors)}",
+            f"cuda: {dispatch.can_run('cuda', *tensors)}",
             f"triton: {dispatch.can_run('triton', *tensors)}",
             "reference: chosen",
         ]
@@ -159,6 +162,46 @@ def test_backends_agree(backend: str) -> None:
     out = linear(*arguments, backend=backend)
     assert relative_error(out, exact) < TOLERANCE[torch.float32]
     assert torch.equal(linear(*arguments), linear(*arguments, backend=dispatch.choose("auto")))
+
+
+@pytest.mark.parametrize("name", dispatch.BACKENDS)
+def test_limits_are_traced(name: str) -> None:
+    def function(tensor: Tensor) -> Tensor:
+        return tensor + int(dispatch.can_run(name, tensor) is None)
+
+    torch.compiler.reset()
+    tensor = torch.ones(1)
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(tensor), function(tensor))
+
+
+@pytest.mark.usefixtures("extension_present", "triton_present")
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: functional.hash_index([0], [0], SPEC, backend="cuda"),
+        lambda: functional.conv2d(
+            torch.ones(1, 3, 4, 4),
+            torch.ones(256),
+            torch.ones(NUM_PARAMETERS),
+            out_channels=2,
+            kernel_size=1,
+            hash_spec=SPEC,
+            reconstruction=NETWORK,
+            backend="cuda",
+        ),
+    ],
+    ids=["hash_index", "conv2d"],
+)
+def test_operators_without_cuda_kernels(run: Any) -> None:
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: it has no such operator"):
+        run()
+
+
+def test_auto_skips_the_backend_that_lacks_the_operator() -> None:
+    tensor = torch.ones(1)
+    first = dispatch.choose("auto", tensor)
+    assert dispatch.choose("auto", tensor, lacking=first) not in (first, "auto")
 
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])

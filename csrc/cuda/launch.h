@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -18,7 +19,7 @@ inline void check(cudaError_t status, const char* what) {
 }
 
 struct Grid {
-  unsigned blocks;
+  int64_t blocks;
   int threads;
   size_t shared_bytes = 0;
 };
@@ -27,6 +28,12 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
             const Arguments&... arguments) {
+  constexpr int64_t kMostBlocks = 0x7fffffff;
+  if (grid.blocks > kMostBlocks) {
+    throw std::runtime_error(std::string(name) + ": a launch has at most " +
+                             std::to_string(kMostBlocks) + " thread blocks, this needs " +
+                             std::to_string(grid.blocks));
+  }
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
   if (grid.shared_bytes > kSharedWithoutAsking) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -34,7 +41,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
           name);
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid.blocks);
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;

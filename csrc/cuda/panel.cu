@@ -12,7 +12,6 @@ __global__ void __launch_bounds__(tile_threads<Shape>(false), 1)
   const int part = static_cast<int>(blockIdx.x % segments.num_parts);
   uint64_t first, last;
   groups.rows(blockIdx.x / segments.num_parts, first, last);
-  if (first >= last) return;
   const uint32_t base = window_base(static_cast<uint32_t>(first), weight.hash);
   const char* elements = prepare_elements<Number, kSource>(weight, base);
   const Network<Number, Shape> g(weight);

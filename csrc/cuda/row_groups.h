@@ -17,35 +17,40 @@ inline constexpr int kGroupRows = 32;
 struct RowGroups {
   uint64_t begin, end;       // logical rows of the layer
   uint64_t rows_per_window;  // 0: no windows
-  uint32_t per_window;       // groups in a window
+  uint64_t per_window;       // groups in a window
 
   /// `rows` rows from `begin` on.
   RowGroups(const HashParams& hash, uint64_t begin, uint64_t rows)
       : begin(begin),
         end(begin + rows),
         rows_per_window(hash.rows_per_window),
-        per_window((hash.rows_per_window + kGroupRows - 1) / kGroupRows) {}
+        per_window((rows_per_window + kGroupRows - 1) / kGroupRows) {}
 
-  /// Some groups of the first and the last window may be empty.
   int64_t count() const {
     if (begin == end) return 0;
     if (rows_per_window == 0) return static_cast<int64_t>((end - begin - 1) / kGroupRows + 1);
-    const uint64_t windows = (end - 1) / rows_per_window - begin / rows_per_window + 1;
-    return static_cast<int64_t>(windows) * per_window;
+    return static_cast<int64_t>(group_of(end - 1) - group_of(begin) + 1);
   }
 
-  /// First and last row, exclusive, of a group; the first is not before the last where it is empty.
-  __device__ __forceinline__ void rows(int64_t group, uint64_t& first, uint64_t& last) const {
+  /// First and last row, exclusive, of a group.
+  __device__ __forceinline__ void rows(uint64_t group, uint64_t& first, uint64_t& last) const {
     uint64_t window_end = end;
     if (rows_per_window == 0) {
       first = begin + group * kGroupRows;
     } else {
-      const uint64_t window = (begin / rows_per_window + group / per_window) * rows_per_window;
+      group += group_of(begin);
+      const uint64_t window = group / per_window * rows_per_window;
       first = window + group % per_window * kGroupRows;
       window_end = window + rows_per_window;
     }
     last = min(min(first + kGroupRows, window_end), end);
     first = max(first, begin);
+  }
+
+ private:
+  /// Counted from the first window's first, where there are windows.
+  HFH_HOST_DEVICE uint64_t group_of(uint64_t row) const {
+    return row / rows_per_window * per_window + row % rows_per_window / kGroupRows;
   }
 };
 

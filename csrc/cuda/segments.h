@@ -130,8 +130,7 @@ inline TilePlan plan_tiles(const DeviceWeight& weight, int64_t row_begin, int64_
   return {groups,
           segments,
           shared,
-          {static_cast<unsigned>(groups.count() * segments.num_parts), threads,
-           std::max(room, at_end)}};
+          {groups.count() * segments.num_parts, threads, std::max(room, at_end)}};
 }
 
 /// Calls f(number, shape) with the types of a weight; false where there is no kernel for it.

@@ -148,8 +148,7 @@ void slot_products(const DeviceWeight& weight, const SlotProductsLinear& linear,
                        plan.num_parts == 1 ? nullptr : workspace};
   const uint32_t block = weight.hash.block();
   const int64_t blocks = plan.num_windows * plan.groups_per_window * plan.num_parts;
-  const Grid grid{static_cast<unsigned>(blocks), kThreads,
-                  shared_bytes(weight.hash.draw_slots, static_cast<int>(block))};
+  const Grid grid{blocks, kThreads, shared_bytes(weight.hash.draw_slots, static_cast<int>(block))};
   const auto launch_for = [&](auto number, auto block_size, auto batch) {
     launch(
         "slot_products",

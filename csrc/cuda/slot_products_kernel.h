@@ -266,10 +266,10 @@ __device__ __forceinline__ Task task_of(const Arguments& args, uint32_t thread_b
   if (window_rows > 0) {
     begin = (args.weight.row_offset / window_rows + window) * window_rows - args.weight.row_offset;
     end = min(end, begin + window_rows);
+    begin = max(begin, int64_t{0});
   }
   begin += group * args.plan.rows_per_group;
   end = min(end, begin + args.plan.rows_per_group);
-  begin = max(begin, int64_t{0});
   return {static_cast<int>(thread_block % args.plan.num_parts), begin,
           static_cast<int>(max(end - begin, int64_t{0}))};
 }

@@ -27,7 +27,7 @@ void sum_parts(const float* parts, int num_parts, int64_t rows, int64_t cols, co
                DType dtype, void* out, cudaStream_t stream) {
   const int64_t size = rows * cols;
   if (size == 0) return;
-  const Grid grid{static_cast<unsigned>((size + kThreads - 1) / kThreads), kThreads};
+  const Grid grid{(size + kThreads - 1) / kThreads, kThreads};
   with_number(dtype, [&](auto number) {
     using Number = decltype(number);
     launch("sum_parts", sum_parts_kernel<Number>, grid, stream, parts, num_parts, size, cols,

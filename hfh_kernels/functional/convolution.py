@@ -17,7 +17,6 @@ from hfh_kernels.spec import HashSpec, Reconstruction
 
 _CONV2D: dict[str, Callable[..., Any]] = {
     "cpu": torch.ops.hfh.conv2d.default,
-    "cuda": torch.ops.hfh.conv2d.default,
     "triton": torch.ops.hfh.conv2d.default,
     "reference": conv2d_reference.conv2d,
 }
@@ -139,7 +138,7 @@ def _convolve(
     backend: str,
 ) -> Tensor:
     require_pool_size(pool, hash_spec)
-    run = _CONV2D[choose(backend, input, pool, theta)]
+    run = _CONV2D[choose(backend, input, pool, theta, lacking="cuda")]
     if isinstance(scale, Tensor):
         require_scalar(scale)
         weight = weight_fields(hash_spec, reconstruction, 1.0, row_offset, col_offset, backend)

@@ -53,12 +53,8 @@ def hash_index(
     """
     rows = _coordinates("rows", rows, cols)
     cols = _coordinates("cols", cols, rows)
-    chosen = choose(backend, rows, cols)
-    if chosen == "cuda":
-        if backend == "cuda":
-            raise RuntimeError("backend 'cuda' cannot run: its kernels never list indices")
-        chosen = choose("triton", rows, cols)
-    offsets, signs = _HASH_INDEX[chosen](
+    run = _HASH_INDEX[choose(backend, rows, cols, lacking="cuda")]
+    offsets, signs = run(
         rows,
         cols,
         spec.seed,

@@ -10,17 +10,24 @@ at::Tensor aligned(const at::Tensor& tensor) {
                                                                                 : tensor.clone();
 }
 
+cuda::DeviceWeight checked_device_weight(const at::Tensor& pool, const at::Tensor& theta,
+                                         int64_t rows, int64_t cols, const WeightArguments& args) {
+  cuda::DeviceWeight weight{checked_coordinates(pool, theta, rows, cols, args),
+                            static_cast<float>(args.scale)};
+  check_same_device(theta, "theta", pool, "pool");
+  checked_device_dtype(theta, "theta");
+  weight.pool_dtype = checked_device_dtype(pool, "pool");
+  return weight;
+}
+
 CheckedDeviceWeight::CheckedDeviceWeight(const at::Tensor& pool, const at::Tensor& theta,
                                          int64_t rows, int64_t cols, const WeightArguments& args)
-    : weight_{checked_coordinates(pool, theta, rows, cols, args), static_cast<float>(args.scale)},
+    : weight_(checked_device_weight(pool, theta, rows, cols, args)),
       pool_(aligned(pool.contiguous())),
       theta_(theta.to(at::kFloat).contiguous()),
       rows_(rows),
       cols_(cols) {
-  check_same_device(theta, "theta", pool, "pool");
-  checked_device_dtype(theta, "theta");
   weight_.pool = pool_.const_data_ptr();
-  weight_.pool_dtype = checked_device_dtype(pool, "pool");
   weight_.theta = args.depth == 0 ? nullptr : theta_.const_data_ptr<float>();
 }
 

@@ -11,6 +11,11 @@
 
 namespace hfh::torch_ops {
 
+/// A virtual weight of `rows` x `cols` without its storage, checked: what chooses a kernel asks,
+/// and makes no copies.
+cuda::DeviceWeight checked_device_weight(const at::Tensor& pool, const at::Tensor& theta,
+                                         int64_t rows, int64_t cols, const WeightArguments& args);
+
 /// A virtual weight of `rows` x `cols`, with the tensors that its kernels point into.
 class CheckedDeviceWeight {
  public:

@@ -83,10 +83,10 @@ at::Tensor elements_of(const at::Tensor& pool, const at::Tensor& input, const La
 
 /// A product of `input` as it will be, before any copy is made.
 Product product_of(const at::Tensor& input, const at::Tensor& pool, const LayerSize& size,
-                   const CheckedDeviceWeight& weight) {
+                   const cuda::DeviceWeight& weight) {
   const int64_t batch = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
   const DType dtype = checked_device_dtype(input, "input");
-  Product product{weight.get(), size, batch, dtype};
+  Product product{weight, size, batch, dtype};
   if (rounds_pool(pool, input, size)) product.weight.pool_dtype = dtype;
   return product;
 }
@@ -146,6 +146,10 @@ LinearKernel require_kernel(const Product& product, c10::string_view backend) {
     TORCH_CHECK(reason.empty(), "backend '", backend, "' cannot run: ", reason);
     return kernel;
   }
+  TORCH_CHECK_VALUE(backend == "auto" || backend == "cuda",
+                    "backend must be 'auto', 'cuda', 'triton' or the name of a kernel of linear, "
+                    "received '",
+                    backend, "'");
   const LinearKernel kernel = choose(product, reason);
   TORCH_CHECK(kernel != LinearKernel::kNone, "backend 'cuda' cannot run: ", reason);
   return kernel;
@@ -162,9 +166,9 @@ std::string why_not_linear(const at::Tensor& input, const at::Tensor& pool, cons
                            int64_t out_features, HFH_WEIGHT_PARAMETERS) {
   check_input(input, "input", pool);
   const LayerSize size{out_features, input.size(-1)};
-  const CheckedDeviceWeight weight(pool, theta, out_features, size.in_features,
-                                   {HFH_WEIGHT_ARGUMENTS});
-  const Product product = product_of(input, pool, size, weight);
+  const Product product = product_of(
+      input, pool, size,
+      checked_device_weight(pool, theta, out_features, size.in_features, {HFH_WEIGHT_ARGUMENTS}));
   for (const auto& [name, kernel] : kNamed) {
     if (backend == name) return why_not(kernel, product);
   }
@@ -179,9 +183,9 @@ std::string why_not_linear_backward_input(const at::Tensor& grad_output, const a
                                           HFH_WEIGHT_PARAMETERS) {
   check_input(grad_output, "grad_output", pool);
   const LayerSize size{grad_output.size(-1), in_features};
-  const CheckedDeviceWeight weight(pool, theta, size.out_features, in_features,
-                                   {HFH_WEIGHT_ARGUMENTS});
-  const std::string reason = why_not_panels(product_of(grad_output, pool, size, weight));
+  const std::string reason = why_not_panels(product_of(
+      grad_output, pool, size,
+      checked_device_weight(pool, theta, size.out_features, in_features, {HFH_WEIGHT_ARGUMENTS})));
   return reason.empty() ? why_not_platform_product(backend) : reason;
 }
 
@@ -194,7 +198,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Ten
   const LayerSize size{out_features, input.size(-1)};
   const CheckedDeviceWeight weight(elements_of(pool, input, size), theta, out_features,
                                    size.in_features, {HFH_WEIGHT_ARGUMENTS});
-  const Product product = product_of(input, pool, size, weight);
+  const Product product = product_of(input, pool, size, weight.get());
   const at::Tensor bias_tensor = bias.has_value() ? bias->contiguous() : at::Tensor();
   if (bias_tensor.defined()) {
     check_same_device(bias_tensor, "bias", input, "input");
@@ -259,7 +263,7 @@ at::Tensor linear_backward_input(const at::Tensor& grad_output, const at::Tensor
   at::Tensor grad_input = at::empty(sizes, grad_output.options());
   if (grad_input.numel() == 0) return grad_input;
   if (out_features == 0) return grad_input.zero_();
-  const Product product = product_of(grad_output, pool, size, weight);
+  const Product product = product_of(grad_output, pool, size, weight.get());
   const std::string reason = why_not_panels(product);
   TORCH_CHECK(reason.empty(), "backend 'cuda' cannot run: ", reason);
   const StreamScope scope(grad_output);

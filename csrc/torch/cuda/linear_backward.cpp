@@ -15,12 +15,9 @@ namespace hfh::torch_ops {
 
 namespace {
 
-std::string why_not(const CheckedDeviceWeight& weight) {
-  return cuda::why_not_weight_backward(weight.get(), weight.rows(), weight.cols());
-}
-
 void check_can_run(const CheckedDeviceWeight& weight) {
-  const std::string reason = why_not(weight);
+  const std::string reason =
+      cuda::why_not_weight_backward(weight.get(), weight.rows(), weight.cols());
   TORCH_CHECK(reason.empty(), "backend 'cuda' cannot run: ", reason);
 }
 
@@ -47,16 +44,18 @@ std::string why_not_linear_backward_weight(const at::Tensor& grad_output, const 
                                            const at::Tensor& pool, const at::Tensor& theta,
                                            HFH_WEIGHT_PARAMETERS) {
   if (grad_output.dim() == 0 || input.dim() == 0) return "grad_output and input need a dimension";
-  const std::string reason = why_not(CheckedDeviceWeight(pool, theta, grad_output.size(-1),
-                                                         input.size(-1), {HFH_WEIGHT_ARGUMENTS}));
+  const int64_t rows = grad_output.size(-1), cols = input.size(-1);
+  const std::string reason = cuda::why_not_weight_backward(
+      checked_device_weight(pool, theta, rows, cols, {HFH_WEIGHT_ARGUMENTS}), rows, cols);
   return reason.empty() ? why_not_platform_product(backend) : reason;
 }
 
 std::string why_not_materialize_backward(const at::Tensor& grad, const at::Tensor& pool,
                                          const at::Tensor& theta, HFH_WEIGHT_PARAMETERS) {
   if (grad.dim() != 2) return "grad must be 2-d";
-  return why_not(
-      CheckedDeviceWeight(pool, theta, grad.size(0), grad.size(1), {HFH_WEIGHT_ARGUMENTS}));
+  const int64_t rows = grad.size(0), cols = grad.size(1);
+  return cuda::why_not_weight_backward(
+      checked_device_weight(pool, theta, rows, cols, {HFH_WEIGHT_ARGUMENTS}), rows, cols);
 }
 
 std::tuple<at::Tensor, at::Tensor> materialize_backward(const at::Tensor& grad,

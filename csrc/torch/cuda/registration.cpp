@@ -21,9 +21,11 @@ bool takes(c10::string_view backend, const std::string& reason) {
 template <class Signature>
 c10::TypedOperatorHandle<Signature> triton_operator(const char* name) {
   const auto schema = c10::Dispatcher::singleton().findSchema({name, ""});
-  TORCH_CHECK(schema.has_value(),
-              "no kernel on CUDA can run: csrc/cuda has none for these "
-              "arguments (backend='cuda' says why), and Triton is not installed");
+  TORCH_CHECK(
+      schema.has_value(),
+      "no kernel on CUDA can run: csrc/cuda has none for these "
+      "arguments (backend='cuda' says why; backend='reference' takes any), and Triton is not "
+      "installed");
   return schema->typed<Signature>();
 }
 
