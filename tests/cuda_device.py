@@ -15,6 +15,8 @@ import hfh_kernels
 from tests.cuda_emulator import build
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# cuBLAS refuses without it where algorithms have to be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 EMULATED = DEVICE == "cpu" and os.environ.get("HFH_EMULATE_CUDA") == "1"
 
 

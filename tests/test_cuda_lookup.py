@@ -118,15 +118,16 @@ def run_operator(
     permutation = None if lookup.permutation is None else lookup.permutation.to(DEVICE)
     indices = (lookup.indices() if indices is None else indices).to(DEVICE)
     size = lookup.num_embeddings, lookup.embedding_dim
+    weight = lookup.weight._replace(backend="cuda")
     if lookup.mode is None:
         output: Tensor = torch.ops.hfh.embedding(
-            indices, *leaves[:3], permutation, *size, padding_idx, *lookup.weight
+            indices, *leaves[:3], permutation, *size, padding_idx, *weight
         )
         return output
     bags: Tensor = torch.ops.hfh.embedding_bag(
         indices, (lookup.offsets if offsets is None else offsets).to(DEVICE), *leaves[:3],
         permutation, leaves.per_sample_weights, *size, lookup.mode, lookup.include_last_offset,
-        padding_idx, *lookup.weight,
+        padding_idx, *weight,
     )[0]  # fmt: skip
     return bags
 

@@ -15,6 +15,7 @@ from tests.cuda_device import DEVICE, needs_cuda
 from tests.test_cuda_lookup import EVERYTHING, on_device, run_operator
 
 pytestmark = needs_cuda
+WEIGHT = EVERYTHING.weight._replace(backend="cuda")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels assert, and the device is lost")
@@ -26,7 +27,7 @@ def test_out_of_range() -> None:
         with pytest.raises(RuntimeError, match=r"indices must be in \[0, num_embeddings\)"):
             torch.ops.hfh.embedding_backward(
                 torch.ones(2, 70), torch.tensor([3, bad]), *leaves[:3], None, 500, -1,
-                *EVERYTHING.weight,
+                *WEIGHT,
             )  # fmt: skip
     permutation = EVERYTHING.permutation
     assert permutation is not None
@@ -131,7 +132,7 @@ def call(changes: dict[str, Any], operator: str) -> None:
     if operator == "embedding":
         for name in ("offsets", "factors", "mode", "include_last_offset"):
             del arguments[name]
-    getattr(torch.ops.hfh, operator)(*map(on_device, arguments.values()), *EVERYTHING.weight)
+    getattr(torch.ops.hfh, operator)(*map(on_device, arguments.values()), *WEIGHT)
 
 
 def test_networks_without_a_kernel() -> None:
@@ -145,5 +146,5 @@ def test_backward_needs_a_gradient_of_the_shape() -> None:
     grad = torch.ones(3, 70, device=DEVICE)
     with pytest.raises(ValueError, match=r"grad must have shape \[2, 3, 70\].*received \[3, 70\]"):
         torch.ops.hfh.embedding_backward(
-            grad, EVERYTHING.indices().to(DEVICE), *leaves[:3], None, 500, -1, *EVERYTHING.weight
+            grad, EVERYTHING.indices().to(DEVICE), *leaves[:3], None, 500, -1, *WEIGHT
         )

@@ -136,7 +136,7 @@ def linear_gradients(
 ) -> tuple[Tensor, Tensor]:
     input, pool, theta, _ = arguments.map(lambda tensor: tensor.to(DEVICE))
     grad_pool, grad_theta = torch.ops.hfh.linear_backward_weight(
-        grad_output.to(DEVICE), input, pool, theta, *sample.weight
+        grad_output.to(DEVICE), input, pool, theta, *sample.weight._replace(backend="cuda")
     )
     return grad_pool.cpu(), grad_theta.cpu()
 
@@ -144,7 +144,7 @@ def linear_gradients(
 def weight_gradients(sample: Sample, arguments: Arguments, grad: Tensor) -> tuple[Tensor, Tensor]:
     pool, theta = arguments.pool.to(DEVICE), arguments.theta.to(DEVICE)
     grad_pool, grad_theta = torch.ops.hfh.materialize_backward(
-        grad.to(DEVICE), pool, theta, *sample.weight
+        grad.to(DEVICE), pool, theta, *sample.weight._replace(backend="cuda")
     )
     return grad_pool.cpu(), grad_theta.cpu()
 
@@ -269,6 +269,22 @@ def test_deterministic_gradient_of_what_is_not_finite(bad: float) -> None:
     assert weight_gradients(DEFAULT, arguments, grad)[0].isnan().all()
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_deterministic_gradient_of_a_product_that_overflows(depth: int) -> None:
+    """float16's, whose factors and bound are finite, must show: loss scalers look for it."""
+    sample = dataclasses.replace(
+        DEFAULT,
+        hash_spec=dataclasses.replace(DEFAULT.hash_spec, num_hashes=4 if depth else 1),
+        reconstruction=Reconstruction(depth),
+        dtype=FLOAT16,
+    )
+    arguments, grad_output = sample.arguments(), sample.grad_output()
+    arguments.input[:, 5] = 1e3
+    grad_output[:, 7] = 1e3
+    assert linear_gradients(sample, arguments, grad_output)[0].isnan().all()
+
+
 @pytest.mark.parametrize("pool_size", [2**12, LARGE_POOL])
 @pytest.mark.parametrize("block", [1, 4, 64])
 def test_what_is_not_part_of_the_weight_is_not_read(block: int, pool_size: int) -> None:
@@ -321,7 +337,7 @@ def test_opcheck(operator: str) -> None:
     }[operator]
     torch.library.opcheck(
         getattr(torch.ops.hfh, operator).default,
-        (*arguments, *DEFAULT.weight),
+        (*arguments, *DEFAULT.weight._replace(backend="cuda")),
         rtol=1e-4,
         atol=1e-4,
     )

@@ -7,6 +7,10 @@
 
 #include "hfh/params.h"
 
+// NDEBUG hides it with assert.
+extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsigned,
+                                                  const char*) noexcept;
+
 // What CUDA C++ has no words for: the only inline assembly. The tests run the kernels on a CPU by
 // putting a header of the same name, with the same functions in plain C++, before this one.
 
@@ -163,7 +167,7 @@ __device__ __forceinline__ bool try_add_shared_vector(float* to, float4 value, f
   uint32_t failed;
   asm volatile(
       "{.reg .b128 seen, sum, found; .reg .b64 l, h, fl, fh; .reg .f32 x, y, z, w; .reg .pred p;"
-      "ld.shared.v2.b64 {l, h}, [%1]; mov.b128 seen, {l, h};"
+      "ld.relaxed.cta.shared.v2.b64 {l, h}, [%1]; mov.b128 seen, {l, h};"
       "mov.b64 {x, y}, l; mov.b64 {z, w}, h;"
       "fma.rn.f32 x, %2, %6, x; fma.rn.f32 y, %3, %6, y;"
       "fma.rn.f32 z, %4, %6, z; fma.rn.f32 w, %5, %6, w;"

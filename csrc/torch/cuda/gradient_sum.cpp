@@ -25,10 +25,12 @@ const float* GradientSum::units() const {
   return units_.defined() ? units_.const_data_ptr<float>() : nullptr;
 }
 
-at::Tensor GradientSum::result() const {
+at::Tensor GradientSum::result(const at::Tensor& witness) const {
   if (!bound_.defined()) return sum_.to(dtype_);
   const at::Tensor total = sum_ / units_.to(at::kDouble);
-  return total.masked_fill(bound_.isfinite().logical_not(), std::nan("")).to(dtype_);
+  at::Tensor is_finite = bound_.isfinite();
+  if (witness.defined()) is_finite = is_finite.logical_and(witness.isfinite().all());
+  return total.masked_fill(is_finite.logical_not(), std::nan("")).to(dtype_);
 }
 
 at::Tensor slope_bound(const at::Tensor& theta, const cuda::DeviceWeight& weight) {

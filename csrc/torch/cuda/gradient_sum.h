@@ -21,8 +21,9 @@ class GradientSum {
   void* data() const { return sum_.mutable_data_ptr(); }
   /// How many of the integers' units make 1; null for float32.
   const float* units() const;
-  /// The gradient in its dtype; NaN throughout where the bound is not finite.
-  at::Tensor result() const;
+  /// The gradient in its dtype. Integers become NaN throughout where the bound is not finite, or a
+  /// number of `witness`, where there is one.
+  at::Tensor result(const at::Tensor& witness = {}) const;
 
  private:
   at::ScalarType dtype_;

@@ -45,11 +45,10 @@ void GradientSums::add(const at::Tensor& gradient, int64_t row, cudaStream_t str
 }
 
 std::tuple<at::Tensor, at::Tensor> GradientSums::result() const {
+  const at::Tensor theta = theta_parts_.sum(at::IntArrayRef{0, 1});
   // HashedNets' g has a parameter for the kernels only.
-  const at::Tensor theta = theta_.numel() == 0
-                               ? at::empty_like(theta_)
-                               : theta_parts_.sum(at::IntArrayRef{0, 1}).to(theta_.scalar_type());
-  return {pool_.result(), theta};
+  return {pool_.result(theta),
+          theta_.numel() == 0 ? at::empty_like(theta_) : theta.to(theta_.scalar_type())};
 }
 
 }  // namespace hfh::torch_ops

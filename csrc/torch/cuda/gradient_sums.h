@@ -25,8 +25,9 @@ class PoolSum {
   bool in_units() const { return sum_.units() != nullptr; }
   /// What kernels receive; theta's part is the caller's.
   cuda::PoolGradient argument();
-  /// The gradient in the pool's dtype.
-  at::Tensor result() const { return sum_.result(); }
+  /// The gradient in the pool's dtype, given that of the kernels' theta. What is not finite shows
+  /// there too, such as a product that overflows in float16 below the bound.
+  at::Tensor result(const at::Tensor& theta) const { return sum_.result(theta); }
 
  private:
   GradientSum sum_;
