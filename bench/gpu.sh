@@ -9,7 +9,7 @@
 #
 #   build     3    the extension, for this GPU alone
 #   test      4    the tests of Triton's and the CUDA kernels but the slow
-#   sanitize  3    compute-sanitizer's memcheck and racecheck over a few tests of the CUDA kernels
+#   sanitize  3    compute-sanitizer's memcheck, synccheck and racecheck over a few tests of the CUDA kernels
 #   cuda      3    bench.gpu cuda: what the CUDA kernels are for
 #   bench     4    bench.gpu layers: every operator as it is dispatched
 #   ncu       2    Nsight Compute's counters of the CUDA kernels
@@ -78,7 +78,8 @@ sanitize() {
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 compute-sanitizer --tool "$@" \
         --target-processes all --kernel-name kernel_substring=hfh --error-exitcode 3 \
         "$python" -m pytest -q -x -m "cuda and not slow" -k "${SANITIZED//$'\n'/ }" \
-        tests/test_cuda_linear.py tests/test_cuda_lookup.py tests/test_cuda_weight_backward.py
+        tests/test_cuda_linear.py tests/test_cuda_slot_products.py tests/test_cuda_lookup.py \
+        tests/test_cuda_weight_backward.py
 }
 
 stage_sanitize() {
@@ -89,6 +90,9 @@ stage_sanitize() {
     local failed=0
     # PyTorch asks the driver for functions that it may not have, which is no error.
     sanitize memcheck --report-api-errors no || failed=$?
+    sanitize synccheck || failed=$?
+    # Hazards in a window's gradient, all within its shared memory, may be none: plain loads there
+    # race with compare-and-swap by design.
     sanitize racecheck || failed=$?
     return "$failed"
 }
