@@ -307,7 +307,7 @@ def test_theta_in_half_precision(backend: str, dtype: torch.dtype) -> None:
 
 def test_refuses_mixed_dtypes() -> None:
     layer = dataclasses.replace(sample("mixed"), pool_dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="input and pool must both be bfloat16 or both float16"):
+    with pytest.raises(RuntimeError, match="received input in bfloat16 and pool in float32"):
         linear(layer, on_device(layer.arguments()), "cuda")
 
 

@@ -26,8 +26,8 @@ __device__ __forceinline__ void rotate(T (&of_tiles)[kTiles]) {
 }
 
 /// Threads of a processor: as many as leave each the registers it needs, to which the launch bounds
-/// of kernels over tiles hold the compiler. `other` says that
-/// the kernel keeps much beside the weights.
+/// of kernels over tiles hold the compiler. `other` says that the kernel keeps much beside the
+/// weights.
 template <class Shape>
 constexpr int tile_threads(bool other) {
   return other || Shape::kHashesBound > 4 || Shape::kWidthBound > 4 ? 256 : 384;

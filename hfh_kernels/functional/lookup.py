@@ -77,7 +77,7 @@ def embedding(
         [..., embedding_dim] in pool's dtype.
 
     Raises:
-        IndexError: an index is out of range. With "triton" on a GPU, as in torch's embedding there,
+        IndexError: an index is out of range. On a GPU, as in torch's embedding there,
             an assertion fails in the kernel instead, and a later call raises.
         TypeError: a tensor has the wrong dtype.
         ValueError: a shape, a device, a size, an offset or an option is invalid.
@@ -148,7 +148,7 @@ def embedding_bag(
         [B, embedding_dim] in pool's dtype; empty bags are zeros.
 
     Raises:
-        IndexError: an index is out of range. With "triton" on a GPU, as in torch's embedding there,
+        IndexError: an index is out of range. On a GPU, as in torch's embedding there,
             an assertion fails in the kernel instead, and a later call raises.
         TypeError: a tensor has the wrong dtype.
         ValueError: a shape, a device, a size, an offset or an option is invalid.

@@ -31,6 +31,19 @@ CheckedDeviceWeight::CheckedDeviceWeight(const at::Tensor& pool, const at::Tenso
   weight_.theta = args.depth == 0 ? nullptr : theta_.const_data_ptr<float>();
 }
 
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return "bfloat16";
+    case DType::kFloat16:
+      return "float16";
+    case DType::kFloat32:
+      return "float32";
+    default:
+      return "float64";
+  }
+}
+
 DType checked_device_dtype(const at::Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case at::kFloat:

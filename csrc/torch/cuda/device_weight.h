@@ -35,6 +35,9 @@ class CheckedDeviceWeight {
 /// A contiguous tensor whose data kernels can read 16 bytes at a time: itself or a copy.
 at::Tensor aligned(const at::Tensor& tensor);
 
+/// As torch spells it.
+const char* dtype_name(DType dtype);
+
 /// float32, bfloat16 or float16; a TypeError that names the argument for others.
 DType checked_device_dtype(const at::Tensor& tensor, const char* name);
 

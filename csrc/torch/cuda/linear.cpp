@@ -102,8 +102,10 @@ cuda::SlotProductsLinear slot_products_of(const Product& product) {
 
 std::string why_not_panels(const Product& product) {
   if (product.dtype != product.weight.pool_dtype) {
-    return "input and pool must both be bfloat16 or both float16, or pool float32 and at most 1/8 "
-           "of the weight";
+    return std::string(
+               "input and pool must both be bfloat16 or both float16, or pool float32 and ") +
+           "at most 1/8 of the weight, received input in " + dtype_name(product.dtype) +
+           " and pool in " + dtype_name(product.weight.pool_dtype);
   }
   return cuda::why_not_panel(product.weight, product.size);
 }
