@@ -127,6 +127,8 @@ def regime(layer: HFHLayer) -> str:
     if backend == "reference":
         wanted = "triton" if layer.pool.weight.is_cuda else "cpu"
         return f"reference, materialises: {dispatch.can_run(wanted, *tensors)}"
+    if backend == "cuda":
+        backend = "cuda or triton, by layer and batch"
     if isinstance(layer, (HFHEmbedding, HFHEmbeddingBag)):
         return f"{backend}: rows as they are looked up"
     spec = layer.hash_spec
