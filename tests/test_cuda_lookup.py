@@ -266,6 +266,21 @@ def test_deterministic_gradient_of_what_is_not_finite(
         assert gradient.isnan().all()
 
 
+@pytest.mark.parametrize("lookup", [EVERYTHING, BAGS], ids=["rows", "bags"])
+def test_deterministic_gradient_of_a_pool_that_is_not_finite(
+    lookup: Lookup, poisoned_memory: None
+) -> None:
+    network = Reconstruction(depth=2, width=4, activation="tanh")
+    spec = dataclasses.replace(lookup.hash_spec, num_hashes=4)
+    lookup = dataclasses.replace(lookup, hash_spec=spec, reconstruction=network)
+    leaves = lookup.leaves().map(on_device).require_grad()
+    with torch.no_grad():
+        leaves.pool.fill_(torch.nan)
+    output = run_operator(lookup, leaves)
+    (gradient,) = torch.autograd.grad(output, [leaves.pool], torch.ones_like(output))
+    assert gradient.isnan().all()
+
+
 @pytest.mark.parametrize(
     "layout",
     [
