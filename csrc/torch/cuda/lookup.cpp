@@ -146,7 +146,8 @@ Gradients gradients_of(const CheckedLookup& checked, const at::Tensor& grad,
                          {of_dense.data(), of_dense.units()},
                          of_theta.mutable_data_ptr<float>()},
                         stream);
-  return {of_pool.result(of_theta), theta_gradient(of_theta, theta, lookup.weight), of_dense.result()};
+  return {of_pool.result(of_theta), theta_gradient(of_theta, theta, lookup.weight),
+          of_dense.result()};
 }
 
 /// The arguments that embedding_bag has beside a look-up's, checked.
