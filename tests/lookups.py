@@ -330,3 +330,37 @@ def operator_calls(sample: Sample, mode: str = "sum") -> dict[str, tuple[Any, ..
             bag_grad, winners, flat, offsets, *table, factors, rows, mode, False, padding, *weight,
         ),
     }  # fmt: skip
+
+
+def bag_arguments(leaves: Leaves, changes: dict[str, Any]) -> dict[str, Any]:
+    """The arguments before the weight's of hfh::embedding_bag on a table of 500 x 70, by name."""
+    return {
+        "indices": torch.tensor([499, 0, 4]),
+        "offsets": torch.tensor([0, 2]),
+        "pool": leaves.pool,
+        "theta": leaves.theta,
+        "dense": leaves.dense,
+        "permutation": None,
+        "factors": torch.ones(3),
+        "num_embeddings": 500,
+        "embedding_dim": 70,
+        "mode": "sum",
+        "include_last_offset": False,
+        "padding_idx": -1,
+        **changes,
+    }
+
+
+def narrow_window(
+    name: str, num_hashes: int, block: int, window: int | None, **options: Any
+) -> Lookup:
+    """A few rows, of which every three have a window, the first two of them dense."""
+    spec = HashSpec(
+        seed=block,
+        num_hashes=num_hashes,
+        pool_size=30 * block,
+        block=block,
+        window=window,
+        rows_per_window=window and 3,
+    )
+    return Lookup(name=name, hash_spec=spec, shape=(9,), dense_rows=2, row_offset=block, **options)

@@ -145,7 +145,7 @@ def can_run(sample: Sample, backend: str) -> bool:
 
 @pytest.mark.parametrize("backend", ["cuda:tiles", "cuda:slot_products", "cuda:panels"])
 @by_name(SAMPLES)
-def test_linear(sample: Sample, backend: str) -> None:
+def test_linear(sample: Sample, backend: str, poisoned_memory: None) -> None:
     if not can_run(sample, backend):
         with pytest.raises(RuntimeError, match=f"'{backend}' cannot run: "):
             check_linear(sample, backend)
@@ -154,7 +154,7 @@ def test_linear(sample: Sample, backend: str) -> None:
 
 
 @by_name(SAMPLES)
-def test_backward_input(sample: Sample) -> None:
+def test_backward_input(sample: Sample, poisoned_memory: None) -> None:
     arguments = sample.arguments()
     grad = sample.grad_output()
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_backward_input(sample: Sample) -> None:
 
 
 @by_name(SAMPLES)
-def test_materialize(sample: Sample) -> None:
+def test_materialize(sample: Sample, poisoned_memory: None) -> None:
     arguments = sample.arguments()
     with torch.no_grad():
         actual = torch.ops.hfh.materialize(
@@ -221,12 +221,12 @@ def test_opcheck(operator: str) -> None:
     )
 
 
-def test_several_panels() -> None:
+def test_several_panels(poisoned_memory: None) -> None:
     """A panel has at most 16 MiB: of rows in the product, of columns in the input's gradient."""
     tall = sample("tall", out_features=2**17 + 40, in_features=64, batch=(33,), depth=1)
     check_linear(tall, "cuda")
     wide = dataclasses.replace(tall, out_features=2**16 + 8, in_features=192, batch=(1,))
-    test_backward_input(wide)
+    test_backward_input(wide, None)
 
 
 @pytest.mark.parametrize("backend", ["cuda:tiles", "cuda:panels", "cuda:slot_products"])
@@ -284,7 +284,7 @@ def test_rounds_a_small_float32_pool(batch: int) -> None:
     layer = sample("rounded", batch=(batch,), pool_size=640, dtype=FLOAT16)
     layer = dataclasses.replace(layer, pool_dtype=torch.float32)
     check_linear(layer, "cuda")
-    test_backward_input(layer)
+    test_backward_input(layer, None)
 
 
 def test_refuses_an_unknown_kernel() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hfh_kernels import HashSpec, Reconstruction
 from tests.cuda_device import DEVICE, needs_cuda
-from tests.lookups import LOOKUPS, Leaves, Lookup, operator_calls, results
+from tests.lookups import LOOKUPS, Leaves, Lookup, narrow_window, operator_calls, results
 from tests.samples import BFLOAT16, FLOAT32, FLOAT64, SAMPLES, assert_matches, grid
 
 pytestmark = needs_cuda
@@ -35,22 +35,14 @@ TABLES = [
         for dtype in (FLOAT16, BFLOAT16)
     ],
     *[
-        Lookup(
-            name=f"{num_hashes} hashes, block {block}, {network}, {dtype}, {dim} columns",
-            hash_spec=HashSpec(
-                seed=block,
-                num_hashes=num_hashes,
-                pool_size=30 * block,
-                block=block,
-                window=window,
-                rows_per_window=window and 3,
-            ),
+        narrow_window(
+            f"{num_hashes} hashes, block {block}, {network}, {dtype}, {dim} columns",
+            num_hashes,
+            block,
+            window,
             reconstruction=network,
             embedding_dim=dim,
             dtype=dtype,
-            shape=(9,),
-            dense_rows=2,
-            row_offset=block,
             col_offset=col_offset,
         )
         for num_hashes, block, network, dtype, dim, window, col_offset in (

@@ -12,6 +12,7 @@ import torch
 
 from hfh_kernels import Reconstruction
 from tests.cuda_device import DEVICE, needs_cuda
+from tests.lookups import bag_arguments
 from tests.test_cuda_lookup import EVERYTHING, on_device, run_operator
 
 pytestmark = needs_cuda
@@ -113,22 +114,7 @@ def test_invalid_bags(changes: dict[str, Any], error: type[Exception], message: 
 
 
 def call(changes: dict[str, Any], operator: str) -> None:
-    leaves = EVERYTHING.leaves()
-    arguments = {
-        "indices": torch.tensor([499, 0, 4]),
-        "offsets": torch.tensor([0, 2]),
-        "pool": leaves.pool,
-        "theta": leaves.theta,
-        "dense": leaves.dense,
-        "permutation": None,
-        "factors": torch.ones(3),
-        "num_embeddings": 500,
-        "embedding_dim": 70,
-        "mode": "sum",
-        "include_last_offset": False,
-        "padding_idx": -1,
-        **changes,
-    }
+    arguments = bag_arguments(EVERYTHING.leaves(), changes)
     if operator == "embedding":
         for name in ("offsets", "factors", "mode", "include_last_offset"):
             del arguments[name]

@@ -19,6 +19,7 @@ from tests.lookups import (
     LOOKUPS,
     Lookup,
     assert_matches_reference,
+    narrow_window,
     operator_calls,
     results,
     run,
@@ -49,21 +50,13 @@ SWEEP = [
         for dtype in (FLOAT16, BFLOAT16)
     ],
     *[
-        Lookup(
-            name=f"{num_hashes} hashes, block {block}, depth {depth}, {dim} columns",
-            hash_spec=HashSpec(
-                seed=block,
-                num_hashes=num_hashes,
-                pool_size=30 * block,
-                block=block,
-                window=window,
-                rows_per_window=window and 3,
-            ),
+        narrow_window(
+            f"{num_hashes} hashes, block {block}, depth {depth}, {dim} columns",
+            num_hashes,
+            block,
+            window,
             reconstruction=Reconstruction(depth, width=3),
             embedding_dim=dim,
-            shape=(9,),
-            dense_rows=2,
-            row_offset=block,
             col_offset=col_offset,
         )
         for num_hashes, block, depth, dim, window, col_offset in (

@@ -17,6 +17,7 @@ from tests.lookups import (
     Leaves,
     Lookup,
     assert_matches_reference,
+    bag_arguments,
     operator_calls,
     results,
     run,
@@ -252,22 +253,7 @@ def test_invalid(changes: dict[str, Any], error: type[Exception], message: str) 
 
 
 def _bag(changes: dict[str, Any]) -> None:
-    leaves = EVERYTHING.leaves()
-    arguments = {
-        "indices": torch.tensor([499, 0, 4]),
-        "offsets": torch.tensor([0, 2]),
-        "pool": leaves.pool,
-        "theta": leaves.theta,
-        "dense": leaves.dense,
-        "permutation": None,
-        "factors": torch.ones(3),
-        "num_embeddings": 500,
-        "embedding_dim": 70,
-        "mode": "sum",
-        "include_last_offset": False,
-        "padding_idx": -1,
-        **changes,
-    }
+    arguments = bag_arguments(EVERYTHING.leaves(), changes)
     torch.ops.hfh.embedding_bag(*map(on_device, arguments.values()), *EVERYTHING.weight)
 
 
