@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kBlocksAProcessor = 64;
 // Rows and columns are counted in int32 within a row, and lanes may reach beyond the last.
-constexpr int64_t kMaxCols = (int64_t{1} << 31) - (1 << 16);
 
 template <class Number, int kColumns, class Shape>
 __global__ __launch_bounds__(kLookupThreads, 4) void embedding_kernel(Lookup lookup, Layout layout,
@@ -103,8 +102,8 @@ bool should_split(const Lookup& lookup, const Bags& bags, const Layout& layout) 
 }  // namespace
 
 std::string why_not_lookup(const VirtualWeight& weight, int64_t cols) {
-  if (cols > kMaxCols) {
-    return "rows have at most " + std::to_string(kMaxCols) + " columns, received " +
+  if (cols > kMaxExtent) {
+    return "rows have at most " + std::to_string(kMaxExtent) + " columns, received " +
            std::to_string(cols);
   }
   return why_not_shape(weight);

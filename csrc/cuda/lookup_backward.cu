@@ -1,4 +1,5 @@
 #include "cuda/bags.h"
+#include "cuda/block_sum.h"
 #include "cuda/lookup.h"
 #include "cuda/rows.h"
 
@@ -84,27 +85,6 @@ __device__ __forceinline__ void make_backward(const Maker& maker,
       }
       add_to(pool, maker.offset(draws[u], col) + part, grad_a[u]);
     }
-  }
-}
-
-/// Writes the block's sum to `sums`.
-template <int kSize>
-__device__ __forceinline__ void sum_over_block(const float (&terms)[kSize], float* sums) {
-  auto* of_warps = reinterpret_cast<float*>(shared_memory());
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    float sum = terms[i];
-#pragma unroll
-    for (int step = kWarpSize / 2; step > 0; step /= 2)
-      sum += __shfl_xor_sync(kFullWarp, sum, step);
-    if (lane == 0) of_warps[warp * kSize + i] = sum;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kSize; i += kLookupThreads) {
-    float sum = 0.0f;
-    for (int w = 0; w < kLookupWarps; ++w) sum += of_warps[w * kSize + i];
-    sums[i] = sum;
   }
 }
 
@@ -286,7 +266,7 @@ void lookup_backward(const Lookup& lookup, const LookupPlan& plan, const void* g
     constexpr int kColumns = columns;
     using Maker = RowMaker<Number, kColumns, Shape>;
     const Layout layout = layout_of<Number, kColumns, Shape>(lookup, {grad});
-    const size_t shared = kLookupWarps * Maker::kThetaSize * sizeof(float);
+    const size_t shared = block_sum_bytes(Maker::kThetaSize, kLookupThreads);
     launch("lookup_backward", lookup_backward_kernel<Number, kColumns, Shape>,
            {plan.blocks, kLookupThreads, shared}, stream, lookup, layout, plan.run,
            Rows<const Number>{static_cast<const Number*>(grad), lookup.cols, layout.aligned},

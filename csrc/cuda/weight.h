@@ -9,6 +9,9 @@
 
 namespace hfh::cuda {
 
+/// Rows and columns are counted in int where kernels say so, and lanes may reach beyond the last.
+inline constexpr int64_t kMaxExtent = (int64_t{1} << 31) - (int64_t{1} << 16);
+
 /// `theta` is float32 on the device, without the scale: nothing of it is known to the host.
 struct DeviceWeight : VirtualWeight {
   float scale;
@@ -19,9 +22,8 @@ struct DeviceWeight : VirtualWeight {
 __device__ __forceinline__ float theta_value(const DeviceWeight& weight, int i) {
   const ReconstructParams& g = weight.reconstruct;
   const auto* theta = static_cast<const float*>(weight.theta);
-  const int size = theta_size(weight.hash.num_hashes, g.depth, g.width);
-  const int last_layer = g.depth == 1 ? 0 : size - g.width - 1;
-  return (theta == nullptr ? 1.0f : theta[i]) * (i < last_layer ? 1.0f : weight.scale);
+  const bool is_scaled = i >= first_scaled(weight.hash.num_hashes, g.depth, g.width);
+  return (theta == nullptr ? 1.0f : theta[i]) * (is_scaled ? weight.scale : 1.0f);
 }
 
 }  // namespace hfh::cuda

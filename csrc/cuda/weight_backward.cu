@@ -16,9 +16,6 @@ using namespace weight_backward_lane;
 
 namespace {
 
-// As Triton's kernels: rows and columns are counted in int.
-constexpr int64_t kMaxExtent = (int64_t{1} << 31) - (int64_t{1} << 16);
-
 /// Threads of a block, which has a processor for itself: as many as have registers for g's
 /// parameters and their gradients, and for a quad's elements, their gradients and places.
 template <class Shape>
@@ -29,12 +26,12 @@ constexpr int num_threads() {
 }
 
 /// The gradient's rows window by window; all of them at once where sums are in no window first.
-struct RowGroups {
+struct WindowRows {
   uint64_t first_row;  // logical
   uint64_t rows_per_window;
 
-  HFH_HOST_DEVICE RowGroups(const VirtualWeight& weight, const WeightGradient& gradient,
-                            bool shares_window)
+  HFH_HOST_DEVICE WindowRows(const VirtualWeight& weight, const WeightGradient& gradient,
+                             bool shares_window)
       : first_row(uint64_t{weight.row_offset} + gradient.row),
         rows_per_window(shares_window && weight.hash.rows_per_window != 0
                             ? weight.hash.rows_per_window
@@ -85,7 +82,7 @@ __global__ void __launch_bounds__(num_threads<Shape>(), 1)
   auto* window = reinterpret_cast<float*>(shared_memory());
   const uint32_t window_size = hash.draw_slots << hash.log2_block;
   const bool quads = takes_quads(hash.log2_block);
-  const RowGroups groups(args.weight, args.gradient, kSums == Sums::kShared);
+  const WindowRows groups(args.weight, args.gradient, kSums == Sums::kShared);
   const int parts = (args.plan.strips + args.plan.strips_of_part - 1) / args.plan.strips_of_part;
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -117,7 +114,7 @@ __global__ void __launch_bounds__(num_threads<Shape>(), 1)
       flush_window(hash, window, window_size, window_base(row, hash), args.sums.pool);
     }
   }
-  lane.finish_theta(window);
+  lane.finish_theta();
 }
 
 /// How many blocks share a window's rows: as many as end soonest, each with a window to add up.
@@ -166,15 +163,15 @@ BackwardPlan plan_weight_backward(const DeviceWeight& weight, const WeightGradie
 
   const size_t window_size = size_t{hash.draw_slots} << hash.log2_block;
   const size_t window_bytes = window_size * sizeof(float);
-  int64_t windows = RowGroups(weight, gradient, true).count(gradient.rows);
+  int64_t windows = WindowRows(weight, gradient, true).count(gradient.rows);
   const double weights = static_cast<double>(gradient.rows) * static_cast<double>(gradient.cols);
   // Not for a window of which less is drawn than it has.
   plan.shares_window = !in_units && window_bytes <= device.shared_bytes &&
                        window_size * windows < weights * hash.num_hashes;
   if (!plan.shares_window) windows = 1;
-  const size_t theta_bytes =
-      warps * sizeof(float) *
-      theta_size(hash.num_hashes, weight.reconstruct.depth, weight.reconstruct.width);
+  const size_t theta_bytes = block_sum_bytes(
+      theta_size(hash.num_hashes, weight.reconstruct.depth, weight.reconstruct.width),
+      plan.threads);
   plan.shared_bytes = std::max(plan.shares_window ? window_bytes : 0, theta_bytes);
   plan.shares = best_shares(windows, weights / windows,
                             plan.shares_window ? kFlushCost * window_size : 0.0, device.processors);

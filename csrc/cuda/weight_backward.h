@@ -27,7 +27,8 @@ struct PoolGradient {
   float* pool;                     // [pool_size], aligned to 16 bytes
   unsigned long long* pool_units;  // [pool_size]: integers, whose sums are the same in any order
   const float* units;              // with pool_units: how many of them make 1
-  float* theta;                    // [blocks, theta_size], written and not added to
+  float* theta;                    // [blocks, theta_size], written and not added to: of g's
+                                   // parameters with the scale folded in
 };
 
 /// How a launch divides the work. A task is a share of a window's rows, or of all rows; a warp

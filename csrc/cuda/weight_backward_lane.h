@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/block_sum.h"
 #include "cuda/scalar.h"
 #include "cuda/weight_backward.h"
 
@@ -161,26 +162,9 @@ class Lane {
     take_column(places, logical & (hash_.block() - 1), col);
   }
 
-  /// Writes the block's part of theta's gradient. `scratch` is for a float a warp and parameter.
-  __device__ __forceinline__ void finish_theta(float* scratch) {
-#pragma unroll
-    for (int i = 0; i < kTheta; ++i) {
-      float sum = grad_theta_[i];
-      for (int lane = kWarpSize / 2; lane > 0; lane /= 2) {
-        sum += __shfl_xor_sync(kFullWarp, sum, lane);
-      }
-      if (lane_ == 0) scratch[(threadIdx.x / kWarpSize) * kTheta + i] = sum;
-    }
-    __syncthreads();
-    const int i = static_cast<int>(threadIdx.x);
-    if (i >= kTheta) return;
-    float sum = 0.0f;
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarpSize; ++warp) {
-      sum += scratch[warp * kTheta + i];
-    }
-    const bool last_layer = i >= (Shape::depth() == 1 ? 0 : kTheta - Shape::width() - 1);
-    args_.sums.theta[int64_t{blockIdx.x} * kTheta + i] =
-        last_layer ? sum * args_.weight.scale : sum;
+  /// Writes the block's part of theta's gradient.
+  __device__ __forceinline__ void finish_theta() const {
+    sum_over_block(grad_theta_, args_.sums.theta + int64_t{blockIdx.x} * kTheta);
   }
 
  private:

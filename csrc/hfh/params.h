@@ -66,6 +66,11 @@ HFH_HOST_DEVICE constexpr int theta_size(int num_hashes, int depth, int width) {
   return num_hashes * width + width + hidden_to_hidden + width + 1;
 }
 
+/// The first of g's parameters that the layer's scale is folded into: those of the last layer.
+HFH_HOST_DEVICE constexpr int first_scaled(int num_hashes, int depth, int width) {
+  return depth <= 1 ? 0 : theta_size(num_hashes, depth, width) - width - 1;
+}
+
 inline constexpr int kMaxTheta = theta_size(kMaxHashes, kMaxDepth, kMaxWidth);
 
 }  // namespace hfh

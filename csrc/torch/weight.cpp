@@ -148,8 +148,8 @@ CheckedWeight::CheckedWeight(const at::Tensor& pool, const at::Tensor& theta, in
       const at::Tensor values = theta.to(at::kDouble).contiguous();
       std::copy_n(values.const_data_ptr<double>(), size, theta_.begin());
     }
-    const int last_layer = depth_ == 1 ? 0 : size - static_cast<int>(args.width) - 1;
-    for (int i = last_layer; i < size; ++i) theta_[i] *= scale_;
+    const int scaled = first_scaled(weight_.hash.num_hashes, depth_, weight_.reconstruct.width);
+    for (int i = scaled; i < size; ++i) theta_[i] *= scale_;
   }
   theta_float_.assign(theta_.begin(), theta_.end());
   weight_.theta = weight_.pool_dtype == DType::kFloat64
@@ -165,9 +165,9 @@ at::Tensor CheckedWeight::theta_gradient(const std::vector<double>& gradient,
                                          const at::Tensor& theta) const {
   at::Tensor result = at::empty(theta.sizes(), theta.options().dtype(at::kDouble));
   const int size = static_cast<int>(theta.numel());
-  const int last_layer = depth_ == 1 ? 0 : size - weight_.reconstruct.width - 1;
+  const int scaled = first_scaled(weight_.hash.num_hashes, depth_, weight_.reconstruct.width);
   auto* values = result.mutable_data_ptr<double>();
-  for (int i = 0; i < size; ++i) values[i] = gradient[i] * (i >= last_layer ? scale_ : 1.0);
+  for (int i = 0; i < size; ++i) values[i] = gradient[i] * (i >= scaled ? scale_ : 1.0);
   return result.to(theta.scalar_type());
 }
 

@@ -55,8 +55,8 @@ at::Tensor theta_gradient(const at::Tensor& parts, const at::Tensor& theta,
   if (theta.numel() == 0) return at::zeros_like(theta);
   at::Tensor gradient = parts.sum(0);
   const ReconstructParams& g = weight.reconstruct;
-  const int64_t last_layer = g.depth == 1 ? weight.hash.num_hashes : g.width + 1;
-  gradient.narrow(0, gradient.numel() - last_layer, last_layer).mul_(weight.scale);
+  const int64_t scaled = first_scaled(weight.hash.num_hashes, g.depth, g.width);
+  gradient.narrow(0, scaled, gradient.numel() - scaled).mul_(weight.scale);
   return gradient.to(theta.scalar_type());
 }
 
