@@ -48,19 +48,14 @@ class MainLoop:
     """How often loops inside it run: not at all where they are for what seldom happens."""
 
 
-def tiles_at_once(arguments: Arguments) -> int:
-    """kTilesAtOnce in csrc/cuda/linear.cu."""
-    shape, batch_tiles = arguments[1], arguments[3]
-    return 2 if shape in ("U1 depth 1", "U2 depth 1", "U4 depth 1") and batch_tiles == "1" else 1
-
-
 TILE = MainLoop("weights: a tile of 16 rows and 64 columns", lambda _: 16 * 64, sass.TENSOR_OPCODES)
 ROW = "weights: some columns of a row a lane"
 WINDOW_ROWS = 32
 """For which slot products are counted: a window of 64 KiB usually serves as many."""
 MAIN_LOOPS = {
-    # A linear g's loop over a group's two tiles is unrolled where there are registers for it.
-    "linear_small": dataclasses.replace(TILE, numbers=lambda a: 16 * 64 * tiles_at_once(a)),
+    "linear_small": TILE,
+    # Two groups of two tiles.
+    "linear_elements": dataclasses.replace(TILE, numbers=lambda _: 4 * 16 * 64),
     # Where each column draws for itself, a loop over pairs of columns.
     "write_panel": dataclasses.replace(
         TILE, inner_passes=lambda arguments: 4 if arguments[3] == "true" else 1
@@ -239,7 +234,7 @@ def _short_name(demangled: str) -> str:
         return f"U{hashes} depth {depth}{network}"
 
     name = re.sub(r"FixedShape<(\d+), (\d+), (\d+), \(Activation\)(\d)>", shape, name)
-    name = re.sub(r"\(Source\)(\d)", lambda m: ("global", "shared")[int(m[1])], name)
+    name = re.sub(r"\(Source\)(\d)", lambda m: ("global", "shared", "shared once")[int(m[1])], name)
     name = re.sub(r"\(Sums\)(\d)", lambda m: ("shared", "global", "units")[int(m[1])], name)
     found = re.match(r"(\w+)_kernel(<.*?>)\(", name)
     assert found is not None, name

@@ -35,8 +35,10 @@ ARCH = "sm_90a"
 BATCHES = (1, 4, 8, 16)
 TARGETS = {(4, 1): 0.5, (2, 1): 0.35, (4, 2): 0.95}
 """Time relative to the dense layer at these batches, by hashes and depth."""
-TILE_ROWS = 32
-"""That a block of threads makes: kGroupRows in csrc/cuda/row_groups.h."""
+GROUP_ROWS = 32
+"""kGroupRows in csrc/cuda/row_groups.h: what a block of threads makes, by tiles."""
+ELEMENT_GROUPS = 2
+"""kGroups in csrc/cuda/linear_elements.cu."""
 CHUNK_WORDS = 32
 """kWords in csrc/cuda/slot_products.cu."""
 SLOT_ROWS = 128
@@ -48,8 +50,8 @@ BLOCK_SHARED_BYTES = 227 * 1024
 def window_shared_bytes(kernel: str) -> int:
     """Of a block of threads, with windows of 64 KiB in blocks of 64: as the launchers plan it."""
     elements, block = 2**15, 64
-    if kernel in ("linear_small", "write_panel"):
-        # The window, and its negative.
+    if kernel in ("linear_small", "linear_elements", "write_panel"):
+        # The window, and its negative; or the windows of two groups of rows.
         return 4 * elements
     if kernel == "slot_products":
         return 4 * CHUNK_WORDS * elements // block + 4 * CHUNK_WORDS * block
@@ -106,21 +108,27 @@ def memory_seconds(layer: GPULinear, batch: int, cache_bytes: float) -> float:
 
 
 def by_tiles(kernels: Kernels, layer: GPULinear, batch: int) -> Units:
-    """Tiles of a window of elements in shared memory (csrc/cuda/linear.cu).
+    """Tiles of windows of elements in shared memory (csrc/cuda/linear.cu, linear_elements.cu).
 
     A gather reads every element of every weight once, from all banks. The input is read by each
-    group of rows, and passes through shared memory's unit on its way from the cache; so does a
-    window, which is written, negated and written again.
+    block of threads, and passes through shared memory's unit on its way from the cache; so does a
+    window, which is written there, and read and written again to negate it where g is not linear.
     """
     tiles = 1 if batch <= 8 else 2 if batch <= 16 else 4
-    kernel = kernels[f"linear_small<BFloat16, {network(layer)}, shared, {tiles}>"]
-    weights, groups = layer.num_weights, layer.out_features / TILE_ROWS
+    if layer.depth <= 1:
+        arguments = f"shared once, {str(layer.block < 64).lower()}, {tiles}"
+        name, rows, passes = "linear_elements", ELEMENT_GROUPS * GROUP_ROWS, 2
+    else:
+        arguments, name, rows, passes = f"shared, {tiles}", "linear_small", GROUP_ROWS, 4
+    kernel = kernels[f"{name}<BFloat16, {network(layer)}, {arguments}>"]
+    weights = layer.num_weights
     assert layer.window is not None
-    windows = 2 * layer.window * groups
-    inputs = 2 * batch * layer.in_features * groups
+    assert layer.rows_per_window is not None
+    windows = 2 * layer.window * layer.out_features / min(rows, layer.rows_per_window)
+    inputs = 2 * batch * layer.in_features * layer.out_features / rows
     return Units(
         instructions=weights * kernel.lane_instructions / H200.instructions,
-        shared_memory=(2 * layer.num_hashes * weights + inputs + 4 * windows) / SHARED_BYTES,
+        shared_memory=(2 * layer.num_hashes * weights + inputs + passes * windows) / SHARED_BYTES,
         tensor_cores=weights
         / kernel.numbers
         * kernel.tensor_instructions

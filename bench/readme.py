@@ -180,8 +180,9 @@ U4, U2, DEEP = "U4 depth 1", "U2 depth 1", "U4 depth 2 width 4 relu"
 CUDA_KERNELS = {
     "slot_products<BFloat16, 64, 1>": "U4 depth 1, batch 1",
     "slot_products<BFloat16, 64, 4>": "U4 depth 1, batch 4",
-    f"linear_small<BFloat16, {U4}, shared, 1>": "U4 depth 1, batch 8",
-    f"linear_small<BFloat16, {U2}, shared, 1>": "U2 depth 1, batch 8",
+    f"linear_elements<BFloat16, {U4}, shared once, false, 1>": "U4 depth 1, batch 8",
+    f"linear_elements<BFloat16, {U4}, shared once, false, 2>": "U4 depth 1, batch 16",
+    f"linear_elements<BFloat16, {U2}, shared once, false, 1>": "U2 depth 1, batch 8",
     f"linear_small<BFloat16, {DEEP}, shared, 1>": "U4 depth 2, batch 8",
     f"linear_small<BFloat16, {DEEP}, shared, 2>": "U4 depth 2, batch 16",
     f"write_panel<BFloat16, {DEEP}, shared, false>": "U4 depth 2",

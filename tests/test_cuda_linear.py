@@ -62,14 +62,14 @@ PLACES = [
             pool_size=20 * block, block=block, window=window * block, rows_per_window=rows,
             row_offset=row, out_features=83, depth=depth,
         )
-        for block in (32, 128)
+        for block in (32, 64, 128)
         for window, rows, row, depth in (
             (3, 5, 3, 2), (12, 32, 0, 1), (12, 40, 2**31 - 50, 2), (20, 7, 2**32 - 83, 1),
-            (12, 2**32 - 1, 2**31 - 50, 2),
+            (12, 2**32 - 1, 2**31 - 50, 2), (12, 40, 2**31 - 50, 1), (9, 256, 200, 1),
         )
     ],
     *[
-        sample(f"block {block}, columns from {col}", block=block, pool_size=256 * 80,
+        sample(f"block {block}, columns from {col}", block=block, pool_size=256 * 200,
                in_features=128, col_offset=col, depth=depth)
         for block in (32, 64, 256)
         for col, depth in ((0, 1), (64, 2), (2**32 - 128, 2))

@@ -23,8 +23,9 @@ inline constexpr uint32_t kSharedBlock = 32;
 
 /// Where a tile's elements are gathered from.
 enum class Source {
-  kGlobal,  // the pool
-  kShared,  // what a row can draw from, and then its negative, in shared memory
+  kGlobal,      // the pool
+  kShared,      // what a row can draw from, and then its negative, in shared memory
+  kSharedOnce,  // what a row can draw from, in shared memory
 };
 
 /// g's parameters as operands of tensor instructions, in registers.
@@ -161,6 +162,12 @@ class TileMaker {
     }
   }
 
+  /// From here on; as in the constructor.
+  __device__ __forceinline__ void draw_from(uint32_t base, const char* elements) {
+    base_ = base;
+    elements_ = elements;
+  }
+
   /// The chunk of the segment that a lane's values of `turn` 0 or 1 belong to. Lanes of even rows
   /// begin with the first half of the segment, those of odd rows with the second: eight lanes that
   /// read together then read from all banks of the shared memory.
@@ -179,39 +186,38 @@ class TileMaker {
     }
   }
 
-  /// Calls f(u, value) with element u of the same weights, laid out as they are. A product with a
-  /// linear g needs no weights: it is the mixture of the products with their elements.
-  template <class F>
+  /// Calls f(u, value, sign) with element u of the same weights, laid out as they are, but without
+  /// their signs: bit 31 of sign[i] is that of row m + 8 i. A product with a linear g needs no
+  /// weights: it is the mixture of the products with their elements. `kHalves` where blocks are
+  /// half a segment.
+  template <bool kHalves, class F>
   __device__ __forceinline__ void each_element(const RowKeys& keys, uint32_t col,
                                                const F& f) const {
-    static_assert(!kElements);
-    const uint32_t from[2] = {col + kChunk * chunk(0), col + kChunk * chunk(1)};
+    static_assert(!kElements && kSource != Source::kShared);
+    const uint32_t chunks[2] = {col + kChunk * chunk(0), col + kChunk * chunk(1)};
+    const char* from[2] = {column(chunks[0]), column(chunks[1])};
     uint32_t draws[2][2][kHashes];
-    draw_chunk(keys, from[0], draws[0]);
-    if (hash_.log2_block < 6) {
-      draw_chunk(keys, from[1], draws[1]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 2 * kHashes; ++i) {
-        draws[1][i / kHashes][i % kHashes] = draws[0][i / kHashes][i % kHashes];
-      }
-    }
+    draw_chunk(keys, chunks[0], draws[0]);
+    if constexpr (kHalves) draw_chunk(keys, chunks[1], draws[1]);
 #pragma unroll
     for (int u = 0; u < kHashes; ++u) {
       // As in make_by_chunks; two elements at a time hide each other's way.
       if (u % 2 == 0 || kHashes > 4) __syncwarp();
-      uint32_t value[2][2][4];
+      uint32_t value[2][2][4], sign[2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = i / 2, turn = i % 2;
-        load_chunk(draws[turn][row][u], from[turn] & (hash_.block() - 1), value[row][turn]);
+      for (int row = 0; row < 2; ++row) {
+        sign[row] = draws[0][row][u] & kSign;
+#pragma unroll
+        for (int turn = 0; turn < 2; ++turn) {
+          load_chunk(from[turn], draws[kHalves ? turn : 0][row][u], value[row][turn]);
+        }
+        if constexpr (kHalves) flip(draws[0][row][u] ^ draws[1][row][u], value[row][1]);
       }
-      f(u, value);
+      f(u, value, sign);
     }
   }
 
  private:
-  static constexpr bool kIsShared = kSource == Source::kShared;
   static constexpr int kSteps = Network<Number, Shape>::kSteps;
   static constexpr uint32_t kSign = 0x80000000u;
 
@@ -293,26 +299,36 @@ class TileMaker {
     }
   }
 
-  /// In shared memory the place of a slot in bytes, that of its negative where the sign is; in the
-  /// pool the slot, and the sign as its bit 31.
+  /// Where a slot's elements begin, in bytes, those of its negative where the sign is; where there
+  /// is no negative in elements, and the sign is left as bit 31.
   __device__ __forceinline__ uint32_t place(uint32_t key, uint32_t lane_constant) const {
-    if constexpr (kIsShared) {
+    if constexpr (kSource == Source::kShared) {
       const Draw<uint32_t> one = draw_in_window(key, lane_constant, hash_);
       return (one.slot + (one.sign != 0 ? hash_.draw_slots : 0)) * slot_bytes();
     }
-    const Draw<uint32_t> one = draw(key, lane_constant, base_, hash_);
-    return one.slot | one.sign;
+    const Draw<uint32_t> one = kSource == Source::kGlobal
+                                   ? draw(key, lane_constant, base_, hash_)
+                                   : draw_in_window(key, lane_constant, hash_);
+    return one.slot << hash_.log2_block | one.sign;
   }
 
   __device__ __forceinline__ uint32_t slot_bytes() const {
     return static_cast<uint32_t>(sizeof(Number)) << hash_.log2_block;
   }
 
-  __device__ __forceinline__ const char* element(uint32_t place, uint32_t inside) const {
-    const uint32_t offset = inside * static_cast<uint32_t>(sizeof(Number));
-    if constexpr (kIsShared) return elements_ + (place + offset);
-    // Less than 2^31 elements of 2 bytes.
-    return elements_ + ((place & ~kSign) * slot_bytes() + offset);
+  /// The element of slot 0 that belongs to a column.
+  __device__ __forceinline__ const char* column(uint32_t col) const {
+    return elements_ + (col & (hash_.block() - 1)) * sizeof(Number);
+  }
+
+  /// That of the slot at `place`.
+  __device__ __forceinline__ const char* element(const char* column, uint32_t place) const {
+    static_assert(sizeof(Number) == 2);
+    if constexpr (kSource == Source::kGlobal) {
+      return reinterpret_cast<const char*>(reinterpret_cast<const Number*>(column) +
+                                           (place & ~kSign));
+    }
+    return column + (kSource == Source::kShared ? place : place << 1);
   }
 
   /// The draws of the block of the chunk at `col`, for both rows. The four lanes of a row are in
@@ -332,16 +348,21 @@ class TileMaker {
     }
   }
 
-  /// A chunk of what is at `place`, with its sign, a pair of columns a word.
-  __device__ __forceinline__ void load_chunk(uint32_t place, uint32_t inside,
+  /// Negates numbers in pairs where bit 31 of `sign` is set.
+  __device__ __forceinline__ static void flip(uint32_t sign, uint32_t (&words)[4]) {
+    const uint32_t signs = (sign & kSign) | (sign & kSign) >> 16;
+#pragma unroll
+    for (uint32_t& word : words) word ^= signs;
+  }
+
+  /// A chunk of what is at `place`, as it lies there, a pair of columns a word.
+  __device__ __forceinline__ void load_chunk(const char* column, uint32_t place,
                                              uint32_t (&words)[4]) const {
-    const uint4 chunk = *reinterpret_cast<const uint4*>(element(place, inside));
-    // Both numbers of a word change their signs or neither does.
-    const uint32_t sign = kIsShared ? 0 : (place & kSign) | (place & kSign) >> 16;
-    words[0] = chunk.x ^ sign;
-    words[1] = chunk.y ^ sign;
-    words[2] = chunk.z ^ sign;
-    words[3] = chunk.w ^ sign;
+    const uint4 chunk = *reinterpret_cast<const uint4*>(element(column, place));
+    words[0] = chunk.x;
+    words[1] = chunk.y;
+    words[2] = chunk.z;
+    words[3] = chunk.w;
   }
 
   /// a[i][k]: element 4 step + k of the chunk of row m + 8 i, a pair of columns a word; those that
@@ -349,12 +370,14 @@ class TileMaker {
   __device__ __forceinline__ void gather(int step, uint32_t col,
                                          const uint32_t (&draws)[2][kHashes],
                                          uint32_t (&a)[2][4][4]) const {
-    const uint32_t inside = col & (hash_.block() - 1);
+    const char* from = column(col);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int u = 4 * step + i % 4;
       if (u < kHashes) {
-        load_chunk(draws[i / 4][u % kHashes], inside, a[i / 4][i % 4]);
+        const uint32_t one = draws[i / 4][u % kHashes];
+        load_chunk(from, one, a[i / 4][i % 4]);
+        if constexpr (kSource == Source::kGlobal) flip(one, a[i / 4][i % 4]);
       } else {
         for (uint32_t& word : a[i / 4][i % 4]) word = 0;
       }
@@ -374,9 +397,8 @@ class TileMaker {
           uint32_t bits = 0;
           if (4 * step + k < kHashes) {
             const uint32_t one = place(key, hash_lane(4 * step + k));
-            const char* from = element(one, at & (hash_.block() - 1));
-            bits = *reinterpret_cast<const uint16_t*>(from);
-            if constexpr (!kIsShared) bits ^= (one & kSign) >> 16;
+            bits = *reinterpret_cast<const uint16_t*>(element(column(at), one));
+            if constexpr (kSource == Source::kGlobal) bits ^= (one & kSign) >> 16;
           }
           a[i][k] = e == 0 ? bits : a[i][k] | bits << 16;
         }

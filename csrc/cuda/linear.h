@@ -29,7 +29,8 @@ std::string why_not_panel(const DeviceWeight& weight, const LayerSize& size);
 std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& size, int64_t batch);
 
 /// In how many parts of the columns `linear_small` cuts its sums.
-int num_parts_of_linear(const DeviceWeight& weight, const LayerSize& size, const Device& device);
+int num_parts_of_linear(const DeviceWeight& weight, const LayerSize& size, int64_t batch,
+                        const Device& device);
 
 /// input [batch, in_features] times the weight's transpose, both in the pool's dtype, in parts:
 /// `parts` [num_parts_of_linear, batch, out_features] are to be added up. `batch` is from 1 to

@@ -10,14 +10,13 @@ __global__ void __launch_bounds__(tile_threads<Shape>(false), 1)
     write_panel_kernel(DeviceWeight weight, RowGroups groups, Segments segments,
                        Number* __restrict__ panel) {
   const int part = static_cast<int>(blockIdx.x % segments.num_parts);
-  uint64_t first, last;
-  groups.rows(blockIdx.x / segments.num_parts, first, last);
-  const uint32_t base = window_base(static_cast<uint32_t>(first), weight.hash);
+  const RowGroup group = groups.group(blockIdx.x / segments.num_parts);
+  const uint32_t base = window_base(group.first, weight.hash);
   const char* elements = prepare_elements<Number, kSource>(weight, base);
   const Network<Number, Shape> g(weight);
   const TileMaker<Number, Shape, kSource, kElements> tiles(weight, base, elements);
-  RowKeys keys[kTiles] = {{static_cast<uint32_t>(first), weight.hash.seed},
-                          {static_cast<uint32_t>(first) + kTileRows, weight.hash.seed}};
+  RowKeys keys[kTiles] = {{group.first, weight.hash.seed},
+                          {group.first + kTileRows, weight.hash.seed}};
 
   const int m = threadIdx.x % kWarpSize / 4;
   const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
@@ -31,9 +30,9 @@ __global__ void __launch_bounds__(tile_threads<Shape>(false), 1)
       rotate(keys);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const uint64_t at = first + t * kTileRows + m + 8 * i;
-        if (at >= last) continue;
-        Number* to = panel + static_cast<int64_t>(at - groups.begin) * segments.in_features() + col;
+        const int row = t * kTileRows + m + 8 * i;
+        if (row >= group.rows) continue;
+        Number* to = panel + (groups.out_row(group) + row) * segments.in_features() + col;
 #pragma unroll
         for (int turn = 0; turn < 2; ++turn) {
           const uint32_t (&words)[4] = value[i][turn];
@@ -55,8 +54,8 @@ void write_panel(const DeviceWeight& weight, const LayerSize& size, int64_t row_
                  void* panel, const Device& device, cudaStream_t stream) {
   with_types(weight, [&]<class Number, class Shape>(Number, Shape) {
     const auto run = [&]<bool kElements>() {
-      const TilePlan plan = plan_tiles(weight, row_begin, rows, size.in_features,
-                                       tile_threads<Shape>(false), 0, device);
+      const TilePlan plan = plan_tiles(weight, row_begin, {rows, size.in_features},
+                                       TileKernel{tile_threads<Shape>(false)}, device);
       launch("write_panel",
              plan.shared ? write_panel_kernel<Number, Shape, Source::kShared, kElements>
                          : write_panel_kernel<Number, Shape, Source::kGlobal, kElements>,

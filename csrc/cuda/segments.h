@@ -5,6 +5,7 @@
 
 #include "cuda/fragments.h"
 #include "cuda/launch.h"
+#include "cuda/linear.h"
 #include "cuda/row_groups.h"
 
 // How blocks of threads share a layer: a group of rows and a part of the columns each, whose
@@ -55,7 +56,10 @@ __device__ __forceinline__ const char* prepare_elements(const DeviceWeight& weig
     return static_cast<const char*>(weight.pool);
   } else {
     char* elements = shared_memory() + kBarrierBytes;
-    copy_window<Number>(weight, base, reinterpret_cast<CopyBarrier*>(shared_memory()), elements);
+    const WindowCopy<Number> copy(weight, base, reinterpret_cast<CopyBarrier*>(shared_memory()),
+                                  elements);
+    copy.wait();
+    copy.add_negative();
     return elements;
   }
 }
@@ -81,22 +85,32 @@ struct TilePlan {
   Grid grid;
 };
 
+/// What a kernel over tiles asks of a processor, and what it takes there: counted for an H200.
+struct TileKernel {
+  int threads;            // that a processor runs
+  size_t warp_bytes = 0;  // of shared memory for each warp at the end
+  int groups = 1;         // of rows that a block of threads takes
+  int copies = 2;         // of what a row can draw from
+  double weight_clocks = 0.1;
+  double byte_clocks = 0.05;  // to copy a byte of that; to negate and write it, at depth 2
+};
+
 /// How many parts of the columns make the fewest clocks: more parts fill a device whose processors
-/// outnumber the groups, but every block copies its elements again.
-inline int32_t best_num_parts(int64_t groups, int32_t segments, int64_t blocks_at_once,
-                              size_t copied_bytes) {
-  // Counted for an H200, depth 2: a processor makes a weight of a tile in 1/10 clock and copies,
-  // negates and writes a byte in 1/20.
-  constexpr double kWeightClocks = 0.1, kByteClocks = 0.05;
+/// outnumber the blocks of rows, but every block of threads copies its elements again, and its
+/// warps take whole segments.
+inline int32_t best_num_parts(const TileKernel& kernel, int64_t row_blocks, int32_t segments,
+                              int warps, int64_t blocks_at_once, size_t copied_bytes) {
   constexpr int32_t kMostParts = 64, kFewestSegments = 6;
+  const double segment_weights = static_cast<double>(kernel.groups) * kGroupRows * kSegment;
   double fewest = 0.0;
   int32_t best = 1;
   for (int32_t parts = 1; parts <= kMostParts && parts * kFewestSegments <= segments; ++parts) {
-    const double weights = static_cast<double>(kGroupRows) * kSegment * segments / parts;
-    const int64_t waves = (groups * parts + blocks_at_once - 1) / blocks_at_once;
+    const int32_t of_part = (segments + parts - 1) / parts;
+    const int32_t at_work = (of_part + warps - 1) / warps * warps;
+    const int64_t waves = (row_blocks * parts + blocks_at_once - 1) / blocks_at_once;
     const double clocks =
-        static_cast<double>(waves) *
-        (weights * kWeightClocks + static_cast<double>(copied_bytes) * kByteClocks);
+        static_cast<double>(waves) * (at_work * segment_weights * kernel.weight_clocks +
+                                      static_cast<double>(copied_bytes) * kernel.byte_clocks);
     if (parts == 1 || clocks < fewest) {
       fewest = clocks;
       best = parts;
@@ -105,32 +119,31 @@ inline int32_t best_num_parts(int64_t groups, int32_t segments, int64_t blocks_a
   return best;
 }
 
-/// For rows [row_begin, row_begin + rows) and all columns of a layer. A processor runs `threads`;
-/// warps need `warp_bytes` of shared memory at their end.
-inline TilePlan plan_tiles(const DeviceWeight& weight, int64_t row_begin, int64_t rows,
-                           int64_t in_features, int threads, size_t warp_bytes,
-                           const Device& device) {
+/// For rows [row_begin, row_begin + size.out_features) and all columns of a layer.
+inline TilePlan plan_tiles(const DeviceWeight& weight, int64_t row_begin, const LayerSize& size,
+                           const TileKernel& kernel, const Device& device) {
   const RowGroups groups(weight.hash, weight.row_offset + static_cast<uint64_t>(row_begin),
-                         static_cast<uint64_t>(rows));
-  Segments segments{weight.col_offset, static_cast<int32_t>(in_features / kSegment), 1};
+                         static_cast<uint64_t>(size.out_features));
+  Segments segments{weight.col_offset, static_cast<int32_t>(size.in_features / kSegment), 1};
   constexpr size_t kElementBytes = 2;
-  const size_t bytes = 2 * drawn_bytes(weight.hash, kElementBytes);
-  // Copied, negated and read once: without reuse, shared memory gains nothing.
-  const double gathered = static_cast<double>(kGroupRows) * static_cast<double>(in_features) *
-                          weight.hash.num_hashes * kElementBytes;
+  const size_t bytes = kernel.copies * drawn_bytes(weight.hash, kElementBytes);
+  // Copied and read once: without reuse, shared memory gains nothing.
+  const double gathered = static_cast<double>(kernel.groups) * kGroupRows *
+                          static_cast<double>(size.in_features) * weight.hash.num_hashes *
+                          kElementBytes;
   const bool shared =
       bytes + kBarrierBytes <= device.shared_bytes && static_cast<double>(bytes) <= gathered;
   const size_t room = shared ? kBarrierBytes + bytes : 0;
   // Two blocks a processor where both fit.
   const int at_once = 2 * room <= device.shared_bytes ? 2 : 1;
-  threads /= at_once;
-  segments.num_parts = best_num_parts(groups.count(), segments.count,
+  const int threads = kernel.threads / at_once, warps = threads / kWarpSize;
+  const int64_t row_blocks = (groups.count() + kernel.groups - 1) / kernel.groups;
+  segments.num_parts = best_num_parts(kernel, row_blocks, segments.count, warps,
                                       int64_t{at_once} * device.processors, shared ? bytes : 0);
-  const size_t at_end = warp_bytes * static_cast<size_t>(threads / kWarpSize);
   return {groups,
           segments,
           shared,
-          {groups.count() * segments.num_parts, threads, std::max(room, at_end)}};
+          {row_blocks * segments.num_parts, threads, std::max(room, kernel.warp_bytes * warps)}};
 }
 
 /// Calls f(number, shape) with the types of a weight; false where there is no kernel for it.

@@ -237,7 +237,7 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Ten
       break;
     }
     case LinearKernel::kTiles: {
-      const int num_parts = cuda::num_parts_of_linear(weight.get(), size, device);
+      const int num_parts = cuda::num_parts_of_linear(weight.get(), size, product.batch, device);
       const at::Tensor parts = workspace(num_parts * product.batch * out_features);
       auto* sums = parts.mutable_data_ptr<float>();
       cuda::linear_small(weight.get(), size, matrix.const_data_ptr(), product.batch, sums, device,

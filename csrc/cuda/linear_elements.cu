@@ -1,0 +1,156 @@
+#include "cuda/linear_elements.h"
+#include "cuda/segments.h"
+#include "cuda/small_batch.h"
+
+namespace hfh::cuda {
+
+namespace {
+
+/// Of rows that a block of threads takes, so that their tiles share the input that a warp has
+/// loaded. Each has a window of its own.
+constexpr int kGroups = 2;
+
+template <class Shape>
+constexpr TileKernel element_kernel(int batch_tiles) {
+  TileKernel kernel{Shape::kHashesBound * batch_tiles > 2 ? 256 : 384};
+  kernel.warp_bytes = sums_bytes(batch_tiles);
+  kernel.groups = kGroups;
+  // Shared memory reads 128 bytes a clock.
+  kernel.weight_clocks = Shape::kHashesBound / 64.0;
+  kernel.byte_clocks = 1.0 / 64;
+  return kernel;
+}
+
+template <class Shape>
+TileKernel element_kernel(const HashParams& hash, int batch_tiles) {
+  TileKernel kernel = element_kernel<Shape>(batch_tiles);
+  // Without windows the groups share what they draw from.
+  kernel.copies = hash.rows_per_window == 0 ? 1 : kGroups;
+  return kernel;
+}
+
+/// Where the groups' elements are.
+template <class Number, Source kSource>
+struct Windows {
+  uint32_t base[kGroups];
+  const char* elements[kGroups];
+
+  __device__ __forceinline__ Windows(const DeviceWeight& weight,
+                                     const RowGroup (&groups)[kGroups]) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) base[i] = window_base(groups[i].first, weight.hash);
+    if constexpr (kSource == Source::kGlobal) {
+      for (const char*& from : elements) from = static_cast<const char*>(weight.pool);
+    } else {
+      static_assert(kGroups == 2);
+      auto* barriers = reinterpret_cast<CopyBarrier*>(shared_memory());
+      char* first = shared_memory() + kBarrierBytes;
+      const bool same = base[0] == base[1] || groups[1].rows == 0;
+      char* second = first + (same ? 0 : drawn_bytes(weight.hash, sizeof(Number)));
+      elements[0] = first;
+      elements[1] = second;
+      const WindowCopy<Number> copy(weight, base[0], barriers, first);
+      if (!same) WindowCopy<Number>(weight, base[1], barriers + 1, second).wait();
+      copy.wait();
+    }
+  }
+};
+
+/// A block of threads takes two groups of rows and a part of the columns; its warps take the part's
+/// segments in turn and add up their sums at the end. `kHalves` as in TileMaker.
+template <class Number, class Shape, Source kSource, bool kHalves, int kBatchTiles>
+__global__ void __launch_bounds__(element_kernel<Shape>(kBatchTiles).threads, 1)
+    linear_elements_kernel(DeviceWeight weight, RowGroups row_groups, Segments segments,
+                           const Number* __restrict__ input, int64_t batch, int64_t out_features,
+                           float* __restrict__ parts) {
+  const int part = static_cast<int>(blockIdx.x % segments.num_parts);
+  const uint64_t first = uint64_t{blockIdx.x / segments.num_parts} * kGroups;
+  const RowGroup groups[kGroups] = {row_groups.group(first), row_groups.group(first + 1)};
+  const Windows<Number, kSource> windows(weight, groups);
+  float mixing[Shape::kHashesBound];
+#pragma unroll
+  for (int u = 0; u < Shape::kHashesBound; ++u) mixing[u] = theta_value(weight, u);
+  TileMaker<Number, Shape, kSource, false> tiles(weight, windows.base[0], windows.elements[0]);
+  const uint32_t seed = weight.hash.seed;
+  const RowKeys keys[kGroups][kTiles] = {
+      {{groups[0].first, seed}, {groups[0].first + kTileRows, seed}},
+      {{groups[1].first, seed}, {groups[1].first + kTileRows, seed}}};
+
+  const Inputs<Number> inputs{input, batch, segments.in_features()};
+  const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
+  Sums<kBatchTiles> sums[kGroups][kTiles] = {};
+  for (int segment = segments.part_begin(part) + warp; segment < segments.part_begin(part + 1);
+       segment += num_warps) {
+    const uint32_t col = static_cast<uint32_t>(segment) * kSegment;
+    uint4 x[kBatchTiles][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kBatchTiles; ++i) x[i / 2][i % 2] = inputs.load(col, i / 2, i % 2);
+#pragma unroll
+    for (int i = 0; i < kGroups * kTiles; ++i) {
+      const int group = i / kTiles, t = i % kTiles;
+      if (t * kTileRows >= groups[group].rows) continue;
+      tiles.draw_from(windows.base[group], windows.elements[group]);
+      tiles.template each_element<kHalves>(
+          keys[group][t], segments.col_offset + col,
+          [&](int u, const uint32_t (&value)[2][2][4], const uint32_t (&sign)[2]) {
+            Sums<kBatchTiles> products = {};
+            multiply_tile<Number>(
+                value, [&](int tile, int half) { return x[tile][half]; }, products);
+            Sums<kBatchTiles>& to = sums[group][t];
+#pragma unroll
+            for (int j = 0; j < 4 * kBatchTiles; ++j) {
+              const uint32_t factor = __float_as_uint(mixing[u]) ^ sign[j % 4 / 2];
+              to.of[j / 4][j % 4] += __uint_as_float(factor) * products.of[j / 4][j % 4];
+            }
+          });
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    add_up_warps(sums[i], groups[i].rows, batch, out_features,
+                 parts + part * batch * out_features + row_groups.out_row(groups[i]));
+  }
+}
+
+/// Calls f<Number, Shape, batch tiles>() with those of the kernel.
+template <class F>
+void with_kernel(const DeviceWeight& weight, int64_t batch, const F& f) {
+  with_types(weight, [&]<class Number, class Shape>(Number, Shape) {
+    if constexpr (Shape::depth() == 1) {
+      with_batch_tiles<Shape>(
+          batch, [&]<int kBatchTiles>() { f.template operator()<Number, Shape, kBatchTiles>(); });
+    }
+  });
+}
+
+}  // namespace
+
+int num_parts_of_elements(const DeviceWeight& weight, const LayerSize& size, int64_t batch,
+                          const Device& device) {
+  int num_parts = 0;
+  with_kernel(weight, batch, [&]<class Number, class Shape, int kBatchTiles>() {
+    num_parts = plan_tiles(weight, 0, size, element_kernel<Shape>(weight.hash, kBatchTiles), device)
+                    .segments.num_parts;
+  });
+  return num_parts;
+}
+
+void linear_elements(const DeviceWeight& weight, const LayerSize& size, const void* input,
+                     int64_t batch, float* parts, const Device& device, cudaStream_t stream) {
+  with_kernel(weight, batch, [&]<class Number, class Shape, int kBatchTiles>() {
+    const TilePlan plan =
+        plan_tiles(weight, 0, size, element_kernel<Shape>(weight.hash, kBatchTiles), device);
+    const bool halves = weight.hash.block() < kSegment;
+    // From the pool, gathers bind: one kernel draws for each half.
+    auto* kernel = linear_elements_kernel<Number, Shape, Source::kGlobal, true, kBatchTiles>;
+    if (plan.shared) {
+      kernel = halves
+                   ? linear_elements_kernel<Number, Shape, Source::kSharedOnce, true, kBatchTiles>
+                   : linear_elements_kernel<Number, Shape, Source::kSharedOnce, false, kBatchTiles>;
+    }
+    launch("linear_elements", kernel, plan.grid, stream, weight, plan.groups, plan.segments,
+           static_cast<const Number*>(input), batch, size.out_features, parts);
+  });
+}
+
+}  // namespace hfh::cuda

@@ -1,0 +1,106 @@
+#pragma once
+
+#include "cuda/fragments.h"
+#include "cuda/segments.h"
+
+// Products of tiles of weights with a small batch of inputs, on the tensor cores: what the kernels
+// of linear.cu and linear_elements.cu share. A batch tile is eight inputs.
+
+namespace hfh::cuda {
+
+inline constexpr int kBatchTile = 8;
+
+/// [batch, in_features].
+template <class Number>
+struct Inputs {
+  const Number* data;
+  int64_t batch, in_features;
+
+  /// Operand "b" of a batch tile and half of the segment at `col`, in the order of a tile's chunks;
+  /// zeros where there is no input.
+  __device__ __forceinline__ uint4 load(uint32_t col, int batch_tile, int half) const {
+    const int lane = threadIdx.x % kWarpSize, m = lane / 4, q = lane % 4;
+    const int64_t entry = kBatchTile * batch_tile + m;
+    if (entry >= batch) return make_uint4(0, 0, 0, 0);
+    const Number* from = data + entry * in_features + col + kChunk * (q + 4 * half);
+    return __ldg(reinterpret_cast<const uint4*>(from));
+  }
+};
+
+/// Of a tile's 16 rows and the batch, as tensor instructions leave them.
+template <int kBatchTiles>
+struct Sums {
+  float of[kBatchTiles][4];
+};
+
+/// Adds the product of `value`, laid out as TileMaker's weights are, with load(batch tile, half).
+template <class Number, int kBatchTiles, class Load>
+__device__ __forceinline__ void multiply_tile(const uint32_t (&value)[2][2][4], const Load& load,
+                                              Sums<kBatchTiles>& to) {
+  const int m = threadIdx.x % kWarpSize / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // Rows of odd m made the halves the other way round.
+    uint32_t a[2][4];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = i % 2, word = i / 2;
+      a[i / 4][i % 4] = m % 2 == half ? value[row][0][word] : value[row][1][word];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatchTiles; ++i) {
+      const uint4 x = load(i, half);
+      multiply_add_k16<Number>(to.of[i], a[0], {x.x, x.y});
+      multiply_add_k16<Number>(to.of[i], a[1], {x.z, x.w});
+    }
+  }
+}
+
+/// Shared memory that a warp's sums take at the end.
+constexpr size_t sums_bytes(int batch_tiles) {
+  return static_cast<size_t>(batch_tiles) * kBatchTile * kGroupRows * sizeof(float);
+}
+
+/// Adds up the warps' sums of a group of rows, in shared memory, and writes those of its first
+/// `rows` to `out` [batch, out_features], where they begin. By all threads of the block, after what
+/// else they read there.
+template <int kBatchTiles>
+__device__ __forceinline__ void add_up_warps(const Sums<kBatchTiles> (&sums)[kTiles], int rows,
+                                             int64_t batch, int64_t out_features, float* out) {
+  constexpr int kEntries = kBatchTile * kBatchTiles;
+  const int lane = threadIdx.x % kWarpSize, m = lane / 4, q = lane % 4;
+  const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < 4 * kBatchTiles; ++i) {
+      const int row = t * kTileRows + m + i % 4 / 2 * 8;
+      const int entry = kBatchTile * (i / 4) + 2 * q + i % 2;
+      shared[(warp * kEntries + entry) * kGroupRows + row] = sums[t].of[i / 4][i % 4];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kEntries * kGroupRows; i += blockDim.x) {
+    const int entry = i / kGroupRows, row = i % kGroupRows;
+    if (entry >= batch || row >= rows) continue;
+    float sum = 0.0f;
+    for (int w = 0; w < num_warps; ++w) sum += shared[w * kEntries * kGroupRows + i];
+    out[entry * out_features + row] = sum;
+  }
+}
+
+/// Calls f<batch tiles>() with those of the kernel that takes a batch.
+template <class Shape, class F>
+void with_batch_tiles(int64_t batch, const F& f) {
+  if (batch <= kBatchTile) {
+    f.template operator()<1>();
+  } else if (batch <= 2 * kBatchTile) {
+    f.template operator()<2>();
+  } else if constexpr (Shape::kHashesBound <= 4) {
+    f.template operator()<4>();
+  }
+}
+
+}  // namespace hfh::cuda
