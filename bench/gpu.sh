@@ -5,7 +5,10 @@
 #   bench/gpu.sh [STAGE ...]
 #
 # Stages run in the order given, by default all but the last. Minutes are estimates for 16 cores and
-# an H200; where one command may take 10, `build test sanitize`, then `build cuda bench`.
+# an H200. After SECONDS_AT_MOST, 570 by default, what runs is ended and later stages are left out;
+# figures measured until then are kept. Where the machine is there for a quarter of an hour in all:
+# `SECONDS_AT_MOST=480 bench/gpu.sh build test cuda`, then `SECONDS_AT_MOST=240 bench/gpu.sh build
+# sanitize bench`.
 #
 #   build     3    the extension, for this GPU alone
 #   test      4    the tests of Triton's and the CUDA kernels but the slow
@@ -22,6 +25,7 @@ python=${PYTHON:-python3}
 results=${RESULTS:-bench/results}
 # Unbuffered, so that a script cut short has printed what it did.
 export PYTHONPATH=.:python PYTHONUNBUFFERED=1
+seconds_at_most=${SECONDS_AT_MOST:-570}
 
 SANITIZED='test_not_finite or test_misaligned or test_hot_rows or test_nan_reaches
     or test_deterministic_gradients_do_not_depend_on_the_order'
@@ -45,6 +49,14 @@ usage() {
     exit 2
 }
 
+# A command that is ended after so many seconds, or when the script's are over.
+within() {
+    local left=$((seconds_at_most - SECONDS)) most=$1
+    shift
+    [ "$left" -gt 0 ] || return 124
+    timeout --kill-after 5 "$((left < most ? left : most))" "$@"
+}
+
 # Of the first GPU, as HFH_CUDA_ARCHS has it: "90a".
 architecture() {
     local capability
@@ -58,7 +70,7 @@ stage_build() {
     HFH_CUDA_ARCHS=${HFH_CUDA_ARCHS:-$(architecture)}
     export HFH_CUDA_ARCHS
     local start=$SECONDS
-    HFH_BUILD=cuda "$python" setup.py build_ext --inplace
+    HFH_BUILD=cuda within 600 "$python" setup.py build_ext --inplace
     echo "built for $HFH_CUDA_ARCHS in $((SECONDS - start)) s"
 }
 
@@ -68,14 +80,26 @@ stage_test() {
         parallel=(-n "$(nproc)")
     fi
     # A core for each process: the references run on the CPU.
-    OMP_NUM_THREADS=1 "$python" -m pytest -q -m "(gpu or cuda) and not slow" \
-        --continue-on-collection-errors --durations 10 "${parallel[@]}" tests
+    export OMP_NUM_THREADS=1
+    # File by file: a kernel that hangs takes no more with it.
+    local failed=0 file status
+    for file in tests/test_cuda_*.py; do
+        echo "-- $file"
+        status=0
+        within 90 "$python" -m pytest -q -m "cuda and not slow" "${parallel[@]}" "$file" || status=$?
+        # 5: none of the file's is for a GPU.
+        [ "$status" = 0 ] || [ "$status" = 5 ] || failed=$status
+    done
+    echo "-- Triton"
+    within 240 "$python" -m pytest -q -m "gpu and not slow" --continue-on-collection-errors \
+        --durations 5 "${parallel[@]}" tests || failed=$?
+    return "$failed"
 }
 
 # A tool, with its options, over the few tests, in the kernels of this project alone.
 sanitize() {
     # Where each tensor has memory of its own, writing past its end is seen.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 compute-sanitizer --tool "$@" \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 100 compute-sanitizer --tool "$@" \
         --target-processes all --kernel-name kernel_substring=hfh --error-exitcode 3 \
         "$python" -m pytest -q -x -m "cuda and not slow" -k "${SANITIZED//$'\n'/ }" \
         tests/test_cuda_linear.py tests/test_cuda_slot_products.py tests/test_cuda_lookup.py \
@@ -97,8 +121,8 @@ stage_sanitize() {
     return "$failed"
 }
 
-stage_cuda() { "$python" -m bench.gpu --results "$results" cuda; }
-stage_bench() { "$python" -m bench.gpu --results "$results" layers; }
+stage_cuda() { within 600 "$python" -m bench.gpu --results "$results" cuda; }
+stage_bench() { within 600 "$python" -m bench.gpu --results "$results" layers; }
 
 stage_ncu() {
     if ! command -v ncu >/dev/null; then
@@ -117,7 +141,7 @@ stage_ncu() {
     done
     name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr 'A-Z ' 'a-z-')
     mkdir -p "$results"
-    timeout 240 ncu --clock-control none --profile-from-start off --kernel-name-base mangled \
+    within 240 ncu --clock-control none --profile-from-start off --kernel-name-base mangled \
         --kernel-name regex:hfh --section SpeedOfLight --section LaunchStats --section Occupancy \
         --metrics "$(IFS=, && echo "${metrics[*]}")" "$python" -m bench.gpu_profile \
         >"$results/ncu-$name.txt"
@@ -135,6 +159,11 @@ done
 status=0
 for stage in "${stages[@]}"; do
     start=$SECONDS
+    if [ "$start" -ge "$seconds_at_most" ]; then
+        echo "== $stage: left out, $start of $seconds_at_most seconds are over"
+        status=124
+        continue
+    fi
     echo "== $stage"
     # In a shell of its own, which its first failure ends: errexit is off in what || follows.
     set +e
