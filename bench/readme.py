@@ -1,12 +1,14 @@
-"""Writes the measured tables of README.md from the newest results: `python -m bench.readme`.
+"""Writes the measured tables of README.md from the results: `python -m bench.readme`.
 
-A table stands between the lines `<!-- NAME -->` and `<!-- end of NAME -->`.
+A table stands between the lines `<!-- NAME -->` and `<!-- end of NAME -->`. Cells have a figure of
+each machine, in the order of their files' names.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,88 +22,122 @@ from hfh_kernels.ops.tuning import ROWS
 README = Path(__file__).parents[1] / "README.md"
 
 
-def linear_table(report: dict[str, Any], variant: str) -> str:
-    rows = [row for row in report["rows"] if row["variant"] == variant]
-    batches = list(dict.fromkeys(row["batch"] for row in rows))
-    ratios = {(row["row"], row["batch"]): row["ratio"] for row in rows}
-    names = list(dict.fromkeys(row["row"] for row in rows))
-    lines = [
-        "| time, relative to the dense layer | " + " | ".join(f"batch {b}" for b in batches) + " |",
-        "|---" * (len(batches) + 1) + "|",
+Report = dict[str, Any]
+MISSING = "-"
+
+
+def machines(kind: str) -> list[Report]:
+    """Reports of `bench.KIND`, a machine each."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
+
+
+def marked(ratio: float) -> str:
+    return f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}"
+
+
+def of_machines(cells: Iterable[str | None]) -> str:
+    """Cells of one figure; empty where no machine has it."""
+    given = [*cells]
+    return " / ".join(cell or MISSING for cell in given) if any(given) else ""
+
+
+def ratio_table(
+    what: str, columns: Sequence[str], cells: Sequence[Mapping[tuple[str, str], str]]
+) -> list[str]:
+    """Of cells by row and column, for each machine. Rows that a machine lacks come last."""
+    rows = dict.fromkeys(row for of_machine in cells for row, _ in of_machine)
+    lines = [f"| {what} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        figures = [of_machines(of_one.get((row, column)) for of_one in cells) for column in columns]
+        lines.append(f"| {row} | " + " | ".join(figures) + " |")
+    return lines
+
+
+def linear_table(reports: Sequence[Report], variant: str) -> str:
+    cells = [
+        {
+            (row["row"], f"batch {row['batch']}"): marked(row["ratio"])
+            for row in report["rows"]
+            if row["variant"] == variant
+        }
+        for report in reports
     ]
-    for name in names:
-        cells = (ratios[name, batch] for batch in batches)
-        marked = (f"**{cell:.2f}**" if cell < 1 else f"{cell:.2f}" for cell in cells)
-        lines.append(f"| {name} | " + " | ".join(marked) + " |")
+    batches = list(dict.fromkeys(column for of_one in cells for _, column in of_one))
+    return "\n".join(ratio_table("time, relative to the dense layer", batches, cells))
+
+
+def machine_lines(reports: Sequence[Report]) -> str:
+    lines = []
+    for report in reports:
+        machine, overhead = report["machine"], report["overhead"]
+        memory = {(m["dtype"], m["block"]): m for m in report["peak_memory"]}["float32", 64]
+        lines += [
+            f"- {machine['processor']}: kernels for {machine['hfh_kernels']['cpu_capability']}, "
+            f"last-level cache of {machine['last_level_cache_bytes'] >> 20} MiB, "
+            f"{machine['threads']} threads, torch {machine['packages']['torch']}, "
+            f"commit {machine['commit'][:7]}.",
+            "  A whole training step (forward, backward, Adam) at batch 128: "
+            f"{report['training_step']['ratio']:.2f} of the dense layer's time.",
+            f"  One call on a 64 x 64 layer: {overhead['grad']['ratio']:.1f} x `F.linear`, "
+            f"{overhead['no_grad']['ratio']:.1f} x under `no_grad`.",
+            "  Memory beyond pool, activations and their gradients, 4096 x 4096, batch 128: "
+            f"{memory['forward_bytes'] / 2**20:.1f} MiB forward, "
+            f"{memory['backward_bytes'] / 2**20:.1f} MiB backward.",
+        ]
     return "\n".join(lines)
 
 
-def summary(report: dict[str, Any]) -> str:
-    machine, overhead = report["machine"], report["overhead"]
-    memory = next(m for m in report["peak_memory"] if (m["dtype"], m["block"]) == ("float32", 64))
+def convolution_table(reports: Sequence[Report]) -> str:
+    kinds = {False: "forward", True: "forward + backward"}
+    cells = [
+        {(row["shape"], kinds[row["backward"]]): marked(row["ratio"]) for row in report["rows"]}
+        for report in reports
+    ]
+    most = max(
+        max(memory["forward_bytes"], memory["backward_bytes"])
+        for report in reports
+        for memory in report["peak_memory"]
+    )
     return "\n".join(
         [
-            f"- Machine: {machine['processor']}, {machine['threads']} threads, "
-            f"torch {machine['packages']['torch']}, kernels for "
-            f"{machine['hfh_kernels']['cpu_capability']}.",
-            f"- A whole training step (forward, backward, Adam) at batch 128: "
-            f"{report['training_step']['ratio']:.2f} of the dense layer's time.",
-            f"- One call on a 64 x 64 layer: {overhead['grad']['ratio']:.1f} x `F.linear`, "
-            f"{overhead['no_grad']['ratio']:.1f} x under `no_grad`.",
-            f"- Memory beyond pool, activations and their gradients, 4096 x 4096, batch 128: "
-            f"{memory['forward_bytes'] / 2**20:.1f} MiB forward, "
-            f"{memory['backward_bytes'] / 2**20:.1f} MiB backward.",
+            *ratio_table("time, relative to the dense convolution", [*kinds.values()], cells),
+            "",
+            "At most "
+            f"{most / 2**20:.1f} MiB beyond pool, activations and their gradients in any of these.",
         ]
     )
 
 
-def convolution_table(report: dict[str, Any]) -> str:
-    ratios = {(row["shape"], row["backward"]): row["ratio"] for row in report["rows"]}
-    lines = [
-        "| time, relative to the dense convolution | forward | forward + backward |",
-        "|---|---|---|",
-    ]
-    for name in dict.fromkeys(row["shape"] for row in report["rows"]):
-        cells = (ratios[name, backward] for backward in (False, True))
-        marked = (f"**{cell:.2f}**" if cell < 1 else f"{cell:.2f}" for cell in cells)
-        lines.append(f"| {name} | " + " | ".join(marked) + " |")
-    most = max(
-        max(memory["forward_bytes"], memory["backward_bytes"]) for memory in report["peak_memory"]
-    )
-    lines += [
-        "",
-        "At most "
-        f"{most / 2**20:.1f} MiB beyond pool, activations and their gradients in any of these.",
-    ]
-    return "\n".join(lines)
-
-
-def embedding_table(report: dict[str, Any]) -> str:
+def embedding_table(reports: Sequence[Report]) -> str:
     """Ratios to the dense operator, and to its variant with a sparse gradient."""
-    timed = ("forward", "forward + backward", "training step")
-    lines = [
-        "| time, relative to the dense operator | forward | forward + backward | with Adam |",
-        "|---|---|---|---|",
-    ]
+    timed = {
+        "forward": "forward",
+        "forward + backward": "forward + backward",
+        "training step": "with Adam",
+    }
 
     def cell(result: dict[str, Any]) -> str:
         ratio, sparse = result["ratio"], result["ratio_sparse"]
-        text = f"**{ratio:.2f}**" if ratio < 1 else f"{ratio:.2f}"
-        return text if sparse == ratio else f"{text} ({sparse:.2f})"
+        return marked(ratio) if sparse == ratio else f"{marked(ratio)} ({sparse:.2f})"
 
-    for row in report["rows"]:
-        results = row["results"]
-        cells = (cell(results[what]) if what in results else "" for what in timed)
-        lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
-    memory = report["peak_memory"]["embedding"]
-    machine = report["machine"]
+    cells = [
+        {
+            (row["row"], timed[what]): cell(result)
+            for row in report["rows"]
+            for what, result in row["results"].items()
+        }
+        for report in reports
+    ]
+    peaks = [report["peak_memory"]["embedding"] for report in reports]
+    forward, backward = (
+        max(peak[which] for peak in peaks) / 2**20 for which in ("forward_bytes", "backward_bytes")
+    )
     return "\n".join(
         [
-            *lines,
+            *ratio_table("time, relative to the dense operator", [*timed.values()], cells),
             "",
-            f"{machine['processor']}, {machine['threads']} threads. Memory beyond the pool, its "
-            f"gradient and the result: {memory['forward_bytes'] / 2**20:.1f} MiB forward, "
-            f"{memory['backward_bytes'] / 2**20:.1f} MiB backward.",
+            f"Memory beyond the pool, its gradient and the result: {forward:.1f} MiB forward, "
+            f"{backward:.1f} MiB backward.",
         ]
     )
 
@@ -341,22 +377,14 @@ def replace_block(text: str, name: str, content: str) -> str:
     return re.sub(pattern, rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
 
 
-def newest(kind: str) -> dict[str, Any]:
-    file = max(RESULTS.glob(f"{kind}-*.json"), key=lambda path: path.stat().st_mtime)
-    print(f"{kind}: {file.name}")
-    report: dict[str, Any] = json.loads(file.read_text())
-    return report
-
-
 def main() -> None:
-    report = newest("linear")
     text = README.read_text()
+    linear = machines("linear")
     for variant in ("resident", "streamed"):
-        text = replace_block(text, f"linear {variant}", linear_table(report, variant))
-    text = replace_block(text, "linear summary", summary(report))
-    text = replace_block(text, "convolution", convolution_table(newest("convolution")))
-    for lookups in RESULTS.glob("embedding-*.json"):
-        text = replace_block(text, "embedding", embedding_table(json.loads(lookups.read_text())))
+        text = replace_block(text, f"linear {variant}", linear_table(linear, variant))
+    text = replace_block(text, "machines", machine_lines(linear))
+    text = replace_block(text, "convolution", convolution_table(machines("convolution")))
+    text = replace_block(text, "embedding", embedding_table(machines("embedding")))
     text = replace_block(text, "demo", demo_text(json.loads((RESULTS / "demo.json").read_text())))
     compiled = json.loads((RESULTS / "compiled.json").read_text())
     text = replace_block(text, "compiled", compiled_table(compiled))

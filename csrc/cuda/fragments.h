@@ -202,7 +202,7 @@ class TileMaker {
 #pragma unroll
     for (int u = 0; u < kHashes; ++u) {
       // As in make_by_chunks; two elements at a time hide each other's way.
-      if (u % 2 == 0 || kHashes > 4) __syncwarp();
+      if (u % 2 == 0 || kHashes > 4 || kSource == Source::kGlobal) __syncwarp();
       uint32_t value[2][2][4], sign[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {

@@ -12,7 +12,7 @@ constexpr int kGroups = 2;
 
 template <class Shape>
 constexpr TileKernel element_kernel(int batch_tiles) {
-  TileKernel kernel{Shape::kHashesBound * batch_tiles > 2 ? 256 : 384};
+  TileKernel kernel{batch_tiles > 2 || Shape::kHashesBound * batch_tiles > 4 ? 256 : 384};
   kernel.warp_bytes = sums_bytes(batch_tiles);
   kernel.groups = kGroups;
   // Shared memory reads 128 bytes a clock.
