@@ -78,6 +78,7 @@ PLACES = [
         sample(f"{out} x {columns}", out_features=out, in_features=columns, has_bias=False)
         for out, columns in ((1, 64), (16, 64), (64, 1024), (129, 64))
     ],
+    *[sample(f"parts, depth {depth}", in_features=1024, depth=depth) for depth in (1, 2)],
 ]  # fmt: skip
 ELEMENTS = [
     sample(

@@ -19,8 +19,7 @@ constexpr TileKernel tile_kernel(int batch_tiles) {
 template <class Number, class Shape, Source kSource, int kBatchTiles>
 __global__ void __launch_bounds__(tile_kernel<Shape>(kBatchTiles).threads, 1)
     linear_small_kernel(DeviceWeight weight, RowGroups groups, Segments segments,
-                        const Number* __restrict__ input, int64_t batch, int64_t out_features,
-                        float* __restrict__ parts) {
+                        const Number* __restrict__ input, Result<Number> result) {
   const int part = static_cast<int>(blockIdx.x % segments.num_parts);
   const RowGroup group = groups.group(blockIdx.x / segments.num_parts);
   const uint32_t base = window_base(group.first, weight.hash);
@@ -30,7 +29,7 @@ __global__ void __launch_bounds__(tile_kernel<Shape>(kBatchTiles).threads, 1)
   RowKeys keys[kTiles] = {{group.first, weight.hash.seed},
                           {group.first + kTileRows, weight.hash.seed}};
 
-  const Inputs<Number> inputs{input, batch, segments.in_features()};
+  const Inputs<Number> inputs{input, result.batch, segments.in_features()};
   const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
   Sums<kBatchTiles> sums[kTiles] = {};
   for (int segment = segments.part_begin(part) + warp; segment < segments.part_begin(part + 1);
@@ -63,8 +62,7 @@ __global__ void __launch_bounds__(tile_kernel<Shape>(kBatchTiles).threads, 1)
       rotate(keys);
     }
   }
-  add_up_warps(sums, group.rows, batch, out_features,
-               parts + part * batch * out_features + groups.out_row(group));
+  add_up_warps(sums, groups.out_row(group), group.rows, part, result);
 }
 
 /// Calls f<Number, Shape, batch tiles>() with those of the kernel.
@@ -92,30 +90,34 @@ std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& si
          std::to_string(weight.hash.block());
 }
 
-int num_parts_of_linear(const DeviceWeight& weight, const LayerSize& size, int64_t batch,
-                        const Device& device) {
-  if (weight.reconstruct.depth == 1) return num_parts_of_elements(weight, size, batch, device);
+int64_t linear_small_workspace(const DeviceWeight& weight, const LinearSmall& linear,
+                               const Device& device) {
   int num_parts = 0;
-  with_kernel(weight, batch, [&]<class Number, class Shape, int kBatchTiles>() {
-    num_parts =
-        plan_tiles(weight, 0, size, tile_kernel<Shape>(kBatchTiles), device).segments.num_parts;
-  });
-  return num_parts;
+  if (weight.reconstruct.depth == 1) {
+    num_parts = num_parts_of_elements(weight, linear, device);
+  } else {
+    with_kernel(weight, linear.batch, [&]<class Number, class Shape, int kBatchTiles>() {
+      num_parts = plan_tiles(weight, 0, linear.size, tile_kernel<Shape>(kBatchTiles), device)
+                      .segments.num_parts;
+    });
+  }
+  return num_parts == 1 ? 0 : num_parts * linear.batch * linear.size.out_features;
 }
 
-void linear_small(const DeviceWeight& weight, const LayerSize& size, const void* input,
-                  int64_t batch, float* parts, const Device& device, cudaStream_t stream) {
+void linear_small(const DeviceWeight& weight, const LinearSmall& linear, float* workspace,
+                  const Device& device, cudaStream_t stream) {
   if (weight.reconstruct.depth == 1) {
-    linear_elements(weight, size, input, batch, parts, device, stream);
+    linear_elements(weight, linear, workspace, device, stream);
     return;
   }
-  with_kernel(weight, batch, [&]<class Number, class Shape, int kBatchTiles>() {
-    const TilePlan plan = plan_tiles(weight, 0, size, tile_kernel<Shape>(kBatchTiles), device);
-    launch("linear_small",
-           plan.shared ? linear_small_kernel<Number, Shape, Source::kShared, kBatchTiles>
-                       : linear_small_kernel<Number, Shape, Source::kGlobal, kBatchTiles>,
-           plan.grid, stream, weight, plan.groups, plan.segments, static_cast<const Number*>(input),
-           batch, size.out_features, parts);
+  with_kernel(weight, linear.batch, [&]<class Number, class Shape, int kBatchTiles>() {
+    const TilePlan plan =
+        plan_tiles(weight, 0, linear.size, tile_kernel<Shape>(kBatchTiles), device);
+    launch_small<Number>("linear_small",
+                         plan.shared
+                             ? linear_small_kernel<Number, Shape, Source::kShared, kBatchTiles>
+                             : linear_small_kernel<Number, Shape, Source::kGlobal, kBatchTiles>,
+                         weight, linear, plan, workspace, stream);
   });
 }
 

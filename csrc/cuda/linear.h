@@ -28,15 +28,23 @@ std::string why_not_panel(const DeviceWeight& weight, const LayerSize& size);
 /// Why `linear_small` has no kernel for a product; empty where it has.
 std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& size, int64_t batch);
 
-/// In how many parts of the columns `linear_small` cuts its sums.
-int num_parts_of_linear(const DeviceWeight& weight, const LayerSize& size, int64_t batch,
-                        const Device& device);
+/// output [batch, out_features] = input [batch, in_features] V^T + bias, all in the pool's dtype.
+/// `batch` is from 1 to max_small_batch, no size is 0, input and pool are aligned to 16 bytes.
+struct LinearSmall {
+  LayerSize size;
+  int64_t batch;
+  const void* input;
+  const void* bias;  // or null
+  void* output;
+};
 
-/// input [batch, in_features] times the weight's transpose, both in the pool's dtype, in parts:
-/// `parts` [num_parts_of_linear, batch, out_features] are to be added up. `batch` is from 1 to
-/// max_small_batch, no size is 0, `input` is aligned to 16 bytes and so is the pool.
-void linear_small(const DeviceWeight& weight, const LayerSize& size, const void* input,
-                  int64_t batch, float* parts, const Device& device, cudaStream_t stream);
+/// float32 numbers that the launch needs to work in.
+int64_t linear_small_workspace(const DeviceWeight& weight, const LinearSmall& linear,
+                               const Device& device);
+
+/// `workspace` is what linear_small_workspace asks for; the sums are the same in every run.
+void linear_small(const DeviceWeight& weight, const LinearSmall& linear, float* workspace,
+                  const Device& device, cudaStream_t stream);
 
 /// Rows [row_begin, row_begin + rows) of the weight to `panel` [rows, in_features], in the pool's
 /// dtype; no size is 0, both are aligned to 16 bytes.

@@ -61,8 +61,7 @@ struct Windows {
 template <class Number, class Shape, Source kSource, bool kHalves, int kBatchTiles>
 __global__ void __launch_bounds__(element_kernel<Shape>(kBatchTiles).threads, 1)
     linear_elements_kernel(DeviceWeight weight, RowGroups row_groups, Segments segments,
-                           const Number* __restrict__ input, int64_t batch, int64_t out_features,
-                           float* __restrict__ parts) {
+                           const Number* __restrict__ input, Result<Number> result) {
   const int part = static_cast<int>(blockIdx.x % segments.num_parts);
   const uint64_t first = uint64_t{blockIdx.x / segments.num_parts} * kGroups;
   const RowGroup groups[kGroups] = {row_groups.group(first), row_groups.group(first + 1)};
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(element_kernel<Shape>(kBatchTiles).threads, 1)
       {{groups[0].first, seed}, {groups[0].first + kTileRows, seed}},
       {{groups[1].first, seed}, {groups[1].first + kTileRows, seed}}};
 
-  const Inputs<Number> inputs{input, batch, segments.in_features()};
+  const Inputs<Number> inputs{input, result.batch, segments.in_features()};
   const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
   Sums<kBatchTiles> sums[kGroups][kTiles] = {};
   for (int segment = segments.part_begin(part) + warp; segment < segments.part_begin(part + 1);
@@ -107,8 +106,7 @@ __global__ void __launch_bounds__(element_kernel<Shape>(kBatchTiles).threads, 1)
   }
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
-    add_up_warps(sums[i], groups[i].rows, batch, out_features,
-                 parts + part * batch * out_features + row_groups.out_row(groups[i]));
+    add_up_warps(sums[i], row_groups.out_row(groups[i]), groups[i].rows, part, result);
   }
 }
 
@@ -125,21 +123,21 @@ void with_kernel(const DeviceWeight& weight, int64_t batch, const F& f) {
 
 }  // namespace
 
-int num_parts_of_elements(const DeviceWeight& weight, const LayerSize& size, int64_t batch,
+int num_parts_of_elements(const DeviceWeight& weight, const LinearSmall& linear,
                           const Device& device) {
   int num_parts = 0;
-  with_kernel(weight, batch, [&]<class Number, class Shape, int kBatchTiles>() {
-    num_parts = plan_tiles(weight, 0, size, element_kernel<Shape>(weight.hash, kBatchTiles), device)
-                    .segments.num_parts;
+  with_kernel(weight, linear.batch, [&]<class Number, class Shape, int kBatchTiles>() {
+    const TileKernel kernel = element_kernel<Shape>(weight.hash, kBatchTiles);
+    num_parts = plan_tiles(weight, 0, linear.size, kernel, device).segments.num_parts;
   });
   return num_parts;
 }
 
-void linear_elements(const DeviceWeight& weight, const LayerSize& size, const void* input,
-                     int64_t batch, float* parts, const Device& device, cudaStream_t stream) {
-  with_kernel(weight, batch, [&]<class Number, class Shape, int kBatchTiles>() {
+void linear_elements(const DeviceWeight& weight, const LinearSmall& linear, float* workspace,
+                     const Device& device, cudaStream_t stream) {
+  with_kernel(weight, linear.batch, [&]<class Number, class Shape, int kBatchTiles>() {
     const TilePlan plan =
-        plan_tiles(weight, 0, size, element_kernel<Shape>(weight.hash, kBatchTiles), device);
+        plan_tiles(weight, 0, linear.size, element_kernel<Shape>(weight.hash, kBatchTiles), device);
     const bool halves = weight.hash.block() < kSegment;
     // From the pool, gathers bind: one kernel draws for each half.
     auto* kernel = linear_elements_kernel<Number, Shape, Source::kGlobal, true, kBatchTiles>;
@@ -148,8 +146,7 @@ void linear_elements(const DeviceWeight& weight, const LayerSize& size, const vo
                    ? linear_elements_kernel<Number, Shape, Source::kSharedOnce, true, kBatchTiles>
                    : linear_elements_kernel<Number, Shape, Source::kSharedOnce, false, kBatchTiles>;
     }
-    launch("linear_elements", kernel, plan.grid, stream, weight, plan.groups, plan.segments,
-           static_cast<const Number*>(input), batch, size.out_features, parts);
+    launch_small<Number>("linear_elements", kernel, weight, linear, plan, workspace, stream);
   });
 }
 

@@ -10,10 +10,10 @@
 
 namespace hfh::cuda {
 
-int num_parts_of_elements(const DeviceWeight& weight, const LayerSize& size, int64_t batch,
+int num_parts_of_elements(const DeviceWeight& weight, const LinearSmall& linear,
                           const Device& device);
 
-void linear_elements(const DeviceWeight& weight, const LayerSize& size, const void* input,
-                     int64_t batch, float* parts, const Device& device, cudaStream_t stream);
+void linear_elements(const DeviceWeight& weight, const LinearSmall& linear, float* workspace,
+                     const Device& device, cudaStream_t stream);
 
 }  // namespace hfh::cuda

@@ -1,7 +1,9 @@
 #pragma once
 
 #include "cuda/fragments.h"
+#include "cuda/numbers.h"
 #include "cuda/segments.h"
+#include "cuda/sum_parts.h"
 
 // Products of tiles of weights with a small batch of inputs, on the tensor cores: what the kernels
 // of linear.cu and linear_elements.cu share. A batch tile is eight inputs.
@@ -56,17 +58,37 @@ __device__ __forceinline__ void multiply_tile(const uint32_t (&value)[2][2][4], 
   }
 }
 
+/// Where sums go: float32 `parts` [parts, batch, out_features] are yet to be added up, without them
+/// the output is written.
+template <class Number>
+struct Result {
+  const Number* bias;  // or null
+  Number* output;
+  float* parts;  // or null
+  int64_t batch, out_features;
+
+  __device__ __forceinline__ void write(int part, int64_t entry, int64_t row, float sum) const {
+    const int64_t to = entry * out_features + row;
+    if (parts != nullptr) {
+      parts[part * batch * out_features + to] = sum;
+    } else {
+      output[to] = from_float<Number>(sum + (bias == nullptr ? 0.0f : to_float(bias[row])));
+    }
+  }
+};
+
 /// Shared memory that a warp's sums take at the end.
 constexpr size_t sums_bytes(int batch_tiles) {
   return static_cast<size_t>(batch_tiles) * kBatchTile * kGroupRows * sizeof(float);
 }
 
 /// Adds up the warps' sums of a group of rows, in shared memory, and writes those of its first
-/// `rows` to `out` [batch, out_features], where they begin. By all threads of the block, after what
-/// else they read there.
-template <int kBatchTiles>
-__device__ __forceinline__ void add_up_warps(const Sums<kBatchTiles> (&sums)[kTiles], int rows,
-                                             int64_t batch, int64_t out_features, float* out) {
+/// `rows`, which begin at `first_row` of the layer. By all threads of the block, after what else
+/// they read there.
+template <class Number, int kBatchTiles>
+__device__ __forceinline__ void add_up_warps(const Sums<kBatchTiles> (&sums)[kTiles],
+                                             int64_t first_row, int rows, int part,
+                                             const Result<Number>& result) {
   constexpr int kEntries = kBatchTile * kBatchTiles;
   const int lane = threadIdx.x % kWarpSize, m = lane / 4, q = lane % 4;
   const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
@@ -84,10 +106,10 @@ __device__ __forceinline__ void add_up_warps(const Sums<kBatchTiles> (&sums)[kTi
   __syncthreads();
   for (int i = threadIdx.x; i < kEntries * kGroupRows; i += blockDim.x) {
     const int entry = i / kGroupRows, row = i % kGroupRows;
-    if (entry >= batch || row >= rows) continue;
+    if (entry >= result.batch || row >= rows) continue;
     float sum = 0.0f;
     for (int w = 0; w < num_warps; ++w) sum += shared[w * kEntries * kGroupRows + i];
-    out[entry * out_features + row] = sum;
+    result.write(part, entry, first_row + row, sum);
   }
 }
 
@@ -100,6 +122,24 @@ void with_batch_tiles(int64_t batch, const F& f) {
     f.template operator()<2>();
   } else if constexpr (Shape::kHashesBound <= 4) {
     f.template operator()<4>();
+  }
+}
+
+/// Launches a kernel of a small product, and what adds up its parts.
+template <class Number>
+void launch_small(const char* name,
+                  void (*kernel)(DeviceWeight, RowGroups, Segments, const Number*, Result<Number>),
+                  const DeviceWeight& weight, const LinearSmall& linear, const TilePlan& plan,
+                  float* workspace, cudaStream_t stream) {
+  const int num_parts = plan.segments.num_parts;
+  const Result<Number> result{
+      static_cast<const Number*>(linear.bias), static_cast<Number*>(linear.output),
+      num_parts == 1 ? nullptr : workspace, linear.batch, linear.size.out_features};
+  launch(name, kernel, plan.grid, stream, weight, plan.groups, plan.segments,
+         static_cast<const Number*>(linear.input), result);
+  if (num_parts > 1) {
+    sum_parts(workspace, num_parts, linear.batch, linear.size.out_features, linear.bias,
+              weight.pool_dtype, linear.output, stream);
   }
 }
 

@@ -6,7 +6,6 @@
 
 #include "cuda/crossovers.h"
 #include "cuda/slot_products.h"
-#include "cuda/sum_parts.h"
 #include "torch/cuda/device_weight.h"
 #include "torch/cuda/operators.h"
 #include "torch/cuda/stream.h"
@@ -237,13 +236,11 @@ at::Tensor linear(const at::Tensor& input, const at::Tensor& pool, const at::Ten
       break;
     }
     case LinearKernel::kTiles: {
-      const int num_parts = cuda::num_parts_of_linear(weight.get(), size, product.batch, device);
-      const at::Tensor parts = workspace(num_parts * product.batch * out_features);
-      auto* sums = parts.mutable_data_ptr<float>();
-      cuda::linear_small(weight.get(), size, matrix.const_data_ptr(), product.batch, sums, device,
+      const cuda::LinearSmall small{size, product.batch, matrix.const_data_ptr(), bias_data,
+                                    out.mutable_data_ptr()};
+      const at::Tensor space = workspace(cuda::linear_small_workspace(weight.get(), small, device));
+      cuda::linear_small(weight.get(), small, space.mutable_data_ptr<float>(), device,
                          scope.stream());
-      cuda::sum_parts(sums, num_parts, product.batch, out_features, bias_data, product.dtype,
-                      out.mutable_data_ptr(), scope.stream());
       break;
     }
     default:
