@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,13 @@ def _name(shape: GPULinear, batch: int) -> str:
 def linear_candidates(
     shape: GPULinear, batch: int, backward: bool, device: str, backends: tuple[str, ...] = ()
 ) -> tuple[Candidates, dict[str, Work]]:
-    """With a candidate for each of ``backends``, by its name."""
+    """With a candidate for each of ``backends``, by its name.
+
+    On the CPU the operators are one backend's alone: CUDA's by the emulator, or Triton's.
+    """
+    if device == "cpu":
+        emulated = os.environ.get("HFH_EMULATE_CUDA") == "1"
+        backends = tuple(name for name in backends if (name != "triton") == emulated)
     layer = shape.layer(device)
     input = shape.input(batch, device).requires_grad_(backward)
     weight = shape.dense_weight(device).requires_grad_(backward)
