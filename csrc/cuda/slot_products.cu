@@ -25,21 +25,23 @@ int padded_batch(int64_t batch) {
 
 /// The layer's column blocks: whole ones, and the parts of one at either end.
 struct Columns {
-  ColumnBlocks whole, partial[2];
+  ColumnBlocks whole, before, after;
 
-  Columns(const DeviceWeight& weight, int64_t in_features) : whole{}, partial{} {
+  Columns(const DeviceWeight& weight, int64_t in_features) : whole{}, before{}, after{} {
     const int64_t block = weight.hash.block(), begin = weight.col_offset;
     const int64_t end = begin + in_features, first = begin / block, last = end / block;
-    const int before = static_cast<int>(begin % block), after = static_cast<int>(end % block);
+    const int cut_before = static_cast<int>(begin % block),
+              cut_after = static_cast<int>(end % block);
     if (in_features == 0) return;
-    const int64_t first_whole = first + (before > 0);
+    const int64_t first_whole = first + (cut_before > 0);
     const auto number = [](int64_t block) { return static_cast<uint32_t>(block); };
     whole = {number(first_whole), static_cast<int>(std::max(last - first_whole, int64_t{0})), 0,
              static_cast<int>(block)};
-    if (before > 0) {
-      partial[0] = {number(first), 1, before, first == last ? after : static_cast<int>(block)};
+    if (cut_before > 0) {
+      before = {number(first), 1, cut_before, first == last ? cut_after : static_cast<int>(block)};
     }
-    if (after > 0 && (before == 0 || first != last)) partial[1] = {number(last), 1, 0, after};
+    if (cut_after > 0 && (cut_before == 0 || first != last))
+      after = {number(last), 1, 0, cut_after};
   }
 };
 
@@ -180,8 +182,7 @@ void slot_products(const DeviceWeight& weight, const SlotProductsLinear& linear,
   const Arguments args{weight,
                        linear,
                        plan,
-                       columns.whole,
-                       {columns.partial[0], columns.partial[1]},
+                       {columns.whole, columns.before, columns.after},
                        plan.num_parts == 1 ? nullptr : workspace,
                        is_aligned(weight, linear)};
   const uint32_t block = weight.hash.block();

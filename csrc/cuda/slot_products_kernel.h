@@ -23,9 +23,15 @@ struct Arguments {
   DeviceWeight weight;
   SlotProductsLinear linear;
   SlotProductsPlan plan;
-  ColumnBlocks whole, partial[2];
+  ColumnBlocks blocks[3];  // whole ones, and parts of one at either end
   float* parts;
   bool aligned;  // whole blocks of each input to 16 bytes
+};
+
+/// What is the same for all threads and seldom asked for, and so not worth registers.
+struct State {
+  int rows;
+  bool careful;  // see RowSums
 };
 
 template <class Number>
@@ -34,20 +40,20 @@ struct SharedMemory {
   char* inputs;          // two buffers
   uint32_t* row_keys;    // [kMaxRows]
   HashFunction* hashes;  // [kMaxHashes]
-  uint32_t* not_finite;  // whether a sum is
+  State* state;
 
   __device__ __forceinline__ SharedMemory(uint32_t slots, int words, int block) {
     table = {shared_memory(), padded_slots(slots) * ProductTable<Number>::kSlotBytes};
     inputs = table.plane(words / kPlaneWords);
     row_keys = reinterpret_cast<uint32_t*>(inputs + 2 * input_bytes(words, block));
     hashes = reinterpret_cast<HashFunction*>(row_keys + kMaxRows);
-    not_finite = reinterpret_cast<uint32_t*>(hashes + kMaxHashes);
+    state = reinterpret_cast<State*>(hashes + kMaxHashes);
   }
 };
 
 inline size_t shared_bytes(uint32_t slots, int product_bytes, int words, int block) {
   return padded_slots(slots) * words * product_bytes + 2 * input_bytes(words, block) +
-         kMaxRows * sizeof(uint32_t) + kMaxHashes * sizeof(HashFunction) + sizeof(uint32_t);
+         kMaxRows * sizeof(uint32_t) + kMaxHashes * sizeof(HashFunction) + sizeof(State);
 }
 
 /// Starts to copy a chunk's inputs; zeros where there are none. All that is copied is in the layer
@@ -227,7 +233,7 @@ __device__ __forceinline__ void write_sums(const Arguments& args, const Task& ta
 /// The sums of a thread block's rows over its part of the columns.
 template <class Number, int kBlock, int kBatch>
 __device__ __forceinline__ void sum_columns(const Arguments& args,
-                                            const SharedMemory<Number>& shared, int rows,
+                                            const SharedMemory<Number>& shared,
                                             RowSums<kBatch>& sums) {
   using L = Lane<Number, kBatch>;
   const HashParams& hash = args.weight.hash;
@@ -238,7 +244,7 @@ __device__ __forceinline__ void sum_columns(const Arguments& args,
     const Task task = task_of(args, opaque(blockIdx.x));
     const bool last_part = task.part == args.plan.num_parts - 1;
     if (piece > 0 && !last_part) break;
-    const ColumnBlocks blocks = piece == 0 ? args.whole : args.partial[piece - 1];
+    const ColumnBlocks& blocks = args.blocks[piece];
     const int per_part = args.plan.chunks_per_part * L::kBlocks;
     const int begin = piece == 0 ? task.part * per_part : 0;
     const int end = piece == 0 && !last_part ? begin + per_part : blocks.count;
@@ -265,8 +271,8 @@ __device__ __forceinline__ void sum_columns(const Arguments& args,
       multiply_slots<Number, kBlock, kBatch>(slots, hash.draw_slots, buffer_of(first),
                                              shared.table);
       __syncthreads();
-      const ChunkOfRows chunk{shared.row_keys, shared.hashes, rows, blocks.first + first,
-                              *shared.not_finite != 0};
+      const ChunkOfRows chunk{shared.row_keys, shared.hashes, shared.state->rows,
+                              blocks.first + first, shared.state->careful};
       // They may be NaN.
       if (chunk.careful) clear_products<Number, kBatch>(shared.table, blocks.count - first);
       add_drawn_products<Number>(hash, shared.table, chunk, sums);
@@ -286,17 +292,18 @@ __global__ void __launch_bounds__(kThreads, 2) slot_products_kernel(const Argume
     const int u = threadIdx.x;
     shared.hashes[u] = {hash_lane(u), DrawnSums<Number, kBatch>::mix(theta_value(args.weight, u))};
   }
-  if (threadIdx.x == 0) *shared.not_finite = 0;
+  if (threadIdx.x == 0) *shared.state = {task.rows, false};
   RowSums<kBatch> sums;
 #pragma unroll 1
   while (true) {
-    sum_columns<Number, kBlock>(args, shared, task.rows, sums);
-    const bool was_careful = *shared.not_finite != 0;
+    sum_columns<Number, kBlock>(args, shared, sums);
+    __syncthreads();
+    const bool was_careful = shared.state->careful;
     __syncthreads();
     if (was_careful) break;
-    if (!sums.all_finite()) *shared.not_finite = 1;
+    if (!sums.all_finite()) shared.state->careful = true;
     __syncthreads();
-    if (*shared.not_finite == 0) break;
+    if (!shared.state->careful) break;
   }
   write_sums<Number, kBatch>(args, task_of(args, opaque(blockIdx.x)), sums);
 }

@@ -142,22 +142,26 @@ struct RowSums {
     uint32_t b[kTiles][2];
   };
 
-  /// A number that is not finite makes the sums of other samples and passes NaN as well.
-  __device__ __forceinline__ void add(const Terms& terms, int pass) {
-    const unsigned m = threadIdx.x % kWarpSize / 4;
+  /// Operand "a" that leads sums of a pass to their place in "d".
+  struct Route {
+    uint32_t a[4];
+  };
+  __device__ __forceinline__ static Route route(unsigned m, int pass) {
     const bool here = m / 4 == static_cast<unsigned>(pass) % 2, upper = pass < 2;
     const uint32_t first = here ? ones(m % 4, 0) : 0, second = here ? ones(m % 4, 1) : 0;
-    const uint32_t a[4] = {upper ? first : 0, upper ? 0 : first, upper ? second : 0,
-                           upper ? 0 : second};
+    return {{upper ? first : 0, upper ? 0 : first, upper ? second : 0, upper ? 0 : second}};
+  }
+
+  /// A number that is not finite makes the sums of other samples and passes NaN as well.
+  __device__ __forceinline__ void add(const Terms& terms, const Route& route) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      multiply_add_k16<BFloat16>(d[tile], a, terms.b[tile]);
+      multiply_add_k16<BFloat16>(d[tile], route.a, terms.b[tile]);
     }
   }
 
   /// The same where it reaches its own sum alone.
-  __device__ __forceinline__ void add_carefully(const Terms& terms, int pass) {
-    const unsigned m = threadIdx.x % kWarpSize / 4;
+  __device__ __forceinline__ void add_carefully(const Terms& terms, unsigned m, int pass) {
 #pragma unroll 1
     for (unsigned sample = 0; sample < kSamples; ++sample) {
       const bool here = m == static_cast<unsigned>(pass) % 2 * 4 + sample;
@@ -291,6 +295,7 @@ __device__ __forceinline__ void add_products(const HashParams& hash,
 #pragma unroll 1
   for (int pass = 0; lane.warp_row(pass) < chunk.rows; ++pass) {
     const uint32_t row_key = chunk.row_keys[lane.warp_row(pass) + lane.row_in_tile()];
+    const typename RowSums<kBatch>::Route route = RowSums<kBatch>::route(lane.row_in_tile(), pass);
 #pragma unroll
     for (unsigned step = 0; step < L::kGroups; step += L::kStepGroups) {
       Drawn drawn[L::kStepGroups];
@@ -311,9 +316,9 @@ __device__ __forceinline__ void add_products(const HashParams& hash,
 #pragma unroll
       for (int term = 0; term < Drawn::kTerms; ++term) {
         if (chunk.careful) {
-          sums.add_carefully(take_terms<true, Number, kBatch>(drawn), pass);
+          sums.add_carefully(take_terms<true, Number, kBatch>(drawn), lane.row_in_tile(), pass);
         } else {
-          sums.add(take_terms<false, Number, kBatch>(drawn), pass);
+          sums.add(take_terms<false, Number, kBatch>(drawn), route);
         }
       }
     }
