@@ -31,6 +31,7 @@ struct Arguments {
 /// What is the same for all threads and seldom asked for, and so not worth registers.
 struct State {
   int rows;
+  int end;       // of the column blocks to take now
   bool careful;  // see RowSums
 };
 
@@ -261,13 +262,15 @@ __device__ __forceinline__ void sum_columns(const Arguments& args,
       }
       copy_async_commit();
     };
+    if (threadIdx.x == 0) shared.state->end = end;
     stage(begin);
     slots.load(args.weight, window_base(task.logical_row(args), hash), blocks.begin, blocks.end);
 #pragma unroll 1
-    for (int first = begin; first < end; first += L::kBlocks) {
+    for (int first = begin;; first += L::kBlocks) {
       copy_async_wait<0>();
       __syncthreads();
-      if (first + L::kBlocks < end) stage(first + L::kBlocks);
+      const bool is_last = first + L::kBlocks >= shared.state->end;
+      if (!is_last) stage(first + L::kBlocks);
       multiply_slots<Number, kBlock, kBatch>(slots, hash.draw_slots, buffer_of(first),
                                              shared.table);
       __syncthreads();
@@ -276,6 +279,7 @@ __device__ __forceinline__ void sum_columns(const Arguments& args,
       // They may be NaN.
       if (chunk.careful) clear_products<Number, kBatch>(shared.table, blocks.count - first);
       add_drawn_products<Number>(hash, shared.table, chunk, sums);
+      if (is_last) break;
     }
   }
 }
@@ -292,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, 2) slot_products_kernel(const Argume
     const int u = threadIdx.x;
     shared.hashes[u] = {hash_lane(u), DrawnSums<Number, kBatch>::mix(theta_value(args.weight, u))};
   }
-  if (threadIdx.x == 0) *shared.state = {task.rows, false};
+  if (threadIdx.x == 0) *shared.state = {task.rows, 0, false};
   RowSums<kBatch> sums;
 #pragma unroll 1
   while (true) {

@@ -162,8 +162,9 @@ struct RowSums {
 
   /// The same where it reaches its own sum alone.
   __device__ __forceinline__ void add_carefully(const Terms& terms, unsigned m, int pass) {
+    // A loop of its own for bench/compiled_cuda.py, which leaves it out.
 #pragma unroll 1
-    for (unsigned sample = 0; sample < kSamples; ++sample) {
+    for (unsigned sample = opaque(0); sample < kSamples; ++sample) {
       const bool here = m == static_cast<unsigned>(pass) % 2 * 4 + sample;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
