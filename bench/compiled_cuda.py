@@ -160,7 +160,8 @@ def slot_parts(function: sass.Function, chunk: range) -> dict[str, int]:
     Left out is what runs for inputs that are not aligned, the only loop that reads global memory
     through registers (others copy asynchronously); and what runs where a number is not finite: a
     loop that only writes zeros, and loops of tensor instructions that read nothing. Of the loops
-    over passes, one for some numbers of hashes each, one runs, and the instructions before it.
+    over passes, one for some numbers of hashes each, one runs, and the instructions before it; where
+    the compiler made two, one for numbers that are not finite, the shorter.
     """
 
     def has(loop: range, *opcodes: str) -> bool:
@@ -173,15 +174,16 @@ def slot_parts(function: sass.Function, chunk: range) -> dict[str, int]:
     (multiply,) = [x for x in inside if has(x, "HMMA") and has(x, "STS")]
     never = [x for x in inside if has(x, "STS") and x != multiply]
     passes = [x for x in inside if has(x, "HMMA") and has(x, "LDS") and x != multiply]
-    parts = {"multiply": len(multiply)}
-    unrolled = []
+    by_reads: dict[int, list[int]] = {}
     for loop in passes:
         loops = [x for x in inside if x != loop and within(x, loop)]
         if not any(has(x, "LDS") for x in loops):
-            unrolled.append(len(loop) - length(loops))
-    # The kernel has them for these numbers of hashes; others loop.
-    for num_hashes, size in zip((1, 2, 4), sorted(unrolled), strict=True):
-        parts[f"add {num_hashes}"] = size
+            reads = function.count(("LDS",), loop)
+            by_reads.setdefault(reads, []).append(len(loop) - length(loops))
+    parts = {"multiply": len(multiply)}
+    # The kernel has them for these numbers of hashes; for others they loop.
+    for num_hashes, reads in zip((1, 2, 4), sorted(by_reads), strict=True):
+        parts[f"add {num_hashes}"] = min(by_reads[reads])
     ends = [multiply, *never, *passes]
     before = [
         loop.start - max(x.stop for x in ends if x.stop <= loop.start)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hfh_kernels import HashSpec, Reconstruction
 from tests.cuda_device import DEVICE, needs_cuda
 from tests.samples import BFLOAT16, Arguments, Sample, assert_matches
+from tests.tolerances import relative_error
 
 pytestmark = needs_cuda
 FLOAT16 = torch.float16
@@ -228,6 +229,15 @@ def test_products_may_be_larger_than_float16() -> None:
     arguments = arguments._replace(input=arguments.input * 2**13)
     output = slot_products(sample, arguments)
     assert_matches(output, expected(sample, arguments), FLOAT16)
+
+
+@pytest.mark.parametrize("batch", BATCHES[FLOAT16])
+def test_float16_is_rounded_once(batch: int) -> None:
+    """When it is written: products that were bfloat16 would be within the tolerance, just so."""
+    sample = half_precision(FLOAT16, name="precise", hash_spec=spec(64, 100), batch=(batch,))
+    arguments = sample.arguments()
+    error = relative_error(slot_products(sample, arguments), expected(sample, arguments))
+    assert error < 5e-4
 
 
 @pytest.mark.parametrize("batch", [1, 5])

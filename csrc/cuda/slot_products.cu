@@ -67,8 +67,9 @@ struct Cycles {
     const double slots = hash.draw_slots, block = hash.block(), hashes = hash.num_hashes;
     const double blocks = words / batch;
     load = slots * block / 10;
-    multiply = words / 32 * std::max(slots * block / 36, slots / 2 + 4.5 * block);
-    add = blocks * kPassRows * std::max((16 + hashes * (8 + batch / 2)) / 128, hashes * batch / 24);
+    multiply = words / 32 * std::max({slots * block / 36, slots / 2 + 4.5 * block, 660.0});
+    add = blocks * kPassRows *
+          std::max((23 + hashes * (9 + batch / 2)) / 128, hashes * std::max(batch, 2.0) / 24);
   }
 };
 constexpr double kAnotherKernel = 5000;

@@ -93,6 +93,7 @@ struct DrawnSums {
   }
 };
 
+/// Those of float16 are float32, and passed on in two pieces.
 template <int kBatch>
 struct DrawnSums<Float16, kBatch> {
   static constexpr int kTerms = 2;
@@ -124,10 +125,9 @@ struct DrawnSums<Float16, kBatch> {
   }
 };
 
-/// The sums of a warp's rows. A lane's are a tensor core operation's "d", or several: with m = lane
-/// / 4 and q = lane % 4, of tile j and sample 4 j + m % 4, element 2 h + e is the sum of pass 2 h +
-/// m / 4, row 2 q + e of the warp's tile. (See also
-/// Lane::first_sample.)
+/// The sums of a warp's rows, as "d" of tensor core operations: with m = lane / 4 and q = lane % 4,
+/// element 2 h + e of tile j is of sample 4 j + m % 4 and, in pass 2 h + m / 4, of the warp's row
+/// 2 q + e. (See also Lane::first_sample.)
 template <int kBatch>
 struct RowSums {
   static constexpr int kTiles = kBatch <= 4 ? 1 : kBatch / 4;
