@@ -160,8 +160,8 @@ def slot_parts(function: sass.Function, chunk: range) -> dict[str, int]:
     Left out is what runs for inputs that are not aligned, the only loop that reads global memory
     through registers (others copy asynchronously); and what runs where a number is not finite: a
     loop that only writes zeros, and loops of tensor instructions that read nothing. Of the loops
-    over passes, one for some numbers of hashes each, one runs, and the instructions before it. Where
-    the compiler made two of one, for numbers that are not finite too, the shorter counts.
+    over passes, one for some numbers of hashes each, one runs, and the instructions before it.
+    Where the compiler made two of one, for numbers that are not finite too, the shorter counts.
     """
 
     def has(loop: range, *opcodes: str) -> bool:

@@ -133,13 +133,13 @@ def by_tiles(kernels: Kernels, layer: GPULinear, batch: int) -> Units:
 def read_cycles(batch: int) -> float:
     """Of a warp whose lanes each read the products that one draws, in bfloat16.
 
-    In a clock cycle, lanes that fill all banks read. Those that read the same words of a plane's
-    slots, four of each, meet where their slots are equal modulo 4 (ProductTable in
-    csrc/cuda/slot_products_sums.h), and the cycle takes as often as they meet most: of 256 ways for
-    four lanes 24, 204 and 252 have at most 1, 2 and 3 meet.
+    In a clock cycle, lanes that fill all banks read, of 16 bytes each at most. Those that read the
+    same words of a plane's slots, four of each, meet where their slots are equal modulo 4
+    (ProductTable in csrc/cuda/slot_products_sums.h), and the cycle takes as often as they meet
+    most: of 256 ways for four lanes 24, 204 and 252 have at most 1, 2 and 3 meet.
     """
     cycles = max(batch, 4) // 2 if batch >= 4 else 1
-    meeting = 32 // 4 // cycles
+    meeting = max(32 // cycles, 8) // 4
     return cycles * (1 + sum(1 - (ways / 256) ** meeting for ways in (24, 204, 252)))
 
 
