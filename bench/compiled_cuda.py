@@ -52,6 +52,16 @@ TILE = MainLoop("weights: a tile of 16 rows and 64 columns", lambda _: 16 * 64, 
 ROW = "weights: some columns of a row a lane"
 WINDOW_ROWS = 32
 """For which slot products are counted: a window of 64 KiB usually serves as many."""
+PASS_ROWS, PLANE_WORDS = 64, 16
+"""Rows that a block of threads takes at once, and words that slots are multiplied by: kPassRows and
+kPlaneWords in csrc/cuda/slot_products_sums.h and slot_operands.h."""
+
+
+def chunk_words(arguments: Arguments) -> int:
+    """words_of_chunk in csrc/cuda/slot_operands.h."""
+    return 64 if arguments[0] == "BFloat16" and int(arguments[2]) > 4 else 32
+
+
 MAIN_LOOPS = {
     "linear_small": TILE,
     # Two groups of two tiles.
@@ -70,8 +80,8 @@ MAIN_LOOPS = {
     ),
     "slot_products": MainLoop(
         f"weights: a chunk's column blocks of {WINDOW_ROWS} rows, for 8 warps",
-        lambda arguments: WINDOW_ROWS * WARP // int(arguments[2]) * int(arguments[1]) // 8,
-        ("HMMA", "FFMA"),
+        lambda a: WINDOW_ROWS * chunk_words(a) // int(a[2]) * int(a[1]) // 8,
+        ("HMMA",),
         share=1.0,
     ),
     # One hash function has no multiply-add: the rest of these load g's parameters.
@@ -119,43 +129,66 @@ class Kernel:
     @property
     def lane_instructions(self) -> float:
         """A number, that is a weight in most kernels."""
-        made = self.loop_instructions
+        made: float = self.loop_instructions
         if self.parts:
-            made = slot_pass(
-                self.parts, num_hashes=4, batch=int(self.arguments[2]), rows=WINDOW_ROWS
-            )
+            made = slot_pass(self.parts, 4, chunk_words(self.arguments), WINDOW_ROWS)
         return made * WARP / self.numbers
 
 
-def slot_pass(parts: dict[str, int], num_hashes: int, batch: int, rows: int) -> int:
-    """Instructions of a warp for a chunk of slot products, in windows of that many rows.
+def slot_pass(parts: dict[str, int], num_hashes: int, words: int, rows: int) -> float:
+    """Instructions of a warp, on average, for a chunk of slot products and that many rows.
 
-    Both halves of the chunk are multiplied, then each pass adds up the products that `batch` rows
-    of the warp draw (csrc/cuda/slot_products.cu).
+    All planes of the chunk are multiplied; then warps that have rows add up what these draw, eight
+    rows at a time (csrc/cuda/slot_products_kernel.h).
     """
-    passes = max(rows // (8 * batch), 1)
-    return 2 * parts["multiply"] + passes * parts[f"add {num_hashes}"] + parts["rest"]
+    passes = rows / PASS_ROWS
+    return (
+        words // PLANE_WORDS * parts["multiply"]
+        + passes * parts[f"add {num_hashes}"]
+        + parts["rest"]
+    )
 
 
-def slot_parts(function: sass.Function, chunk: range, batch: int) -> dict[str, int]:
-    """Of the loop over chunks. A product takes a multiply-add, and a pass is a basic block."""
-    multiply = function.shortest_loop(("HMMA",), 1.0)
-    assert multiply is not None, function.name
-    counted = set(multiply)
-    inside = [b for b in function.blocks if b.start >= chunk.start and b.stop <= chunk.stop]
+def slot_parts(function: sass.Function, chunk: range) -> dict[str, int]:
+    """Of the loop over chunks, by the loops inside it.
+
+    Left out is what runs for inputs that are not aligned, the only loop that reads global memory
+    through registers (others copy asynchronously); and what runs where a number is not finite: a
+    loop that only writes zeros, and loops of tensor instructions that read nothing. Of the loops
+    over passes, one for some numbers of hashes each, one runs, and the instructions before it.
+    Where the compiler made two of one, for numbers that are not finite too, the shorter counts.
+    """
+
+    def has(loop: range, *opcodes: str) -> bool:
+        return function.count(opcodes, loop) > 0
+
+    def length(loops: list[range]) -> int:
+        return sum(len(loop) for loop in loops)
+
+    inside = [x for x in function.loops if x != chunk and within(x, chunk)]
+    (multiply,) = [x for x in inside if has(x, "HMMA") and has(x, "STS")]
+    never = [x for x in inside if has(x, "STS") and x != multiply]
+    passes = [x for x in inside if has(x, "HMMA") and has(x, "LDS") and x != multiply]
+    by_reads: dict[int, list[int]] = {}
+    for loop in passes:
+        loops = [x for x in inside if x != loop and within(x, loop)]
+        if not any(has(x, "LDS") for x in loops):
+            reads = function.count(("LDS",), loop)
+            by_reads.setdefault(reads, []).append(len(loop) - length(loops))
     parts = {"multiply": len(multiply)}
-    for block in inside:
-        products = function.count(("FFMA",), block)
-        if products == 0:
-            continue
-        counted |= set(block)
-        if batch == 8:
-            # A loop over hashes.
-            parts |= {f"add {hashes}": hashes * len(block) for hashes in (2, 4)}
-        elif products in (2 * batch, 4 * batch):
-            name = f"add {products // batch}"
-            parts[name] = max(parts.get(name, 0), len(block))
-    return {**parts, "rest": len(chunk) - len(counted)}
+    # The kernel has them for these numbers of hashes; for others they loop.
+    for num_hashes, reads in zip((1, 2, 4), sorted(by_reads), strict=True):
+        parts[f"add {num_hashes}"] = min(by_reads[reads])
+    ends = [multiply, *never, *passes]
+    before = [
+        loop.start - max(x.stop for x in ends if x.stop <= loop.start)
+        for loop in sorted(passes, key=lambda loop: loop.start)
+    ]
+    return {**parts, "rest": len(chunk) - length(ends) - sum(before[1:])}
+
+
+def within(inner: range, outer: range) -> bool:
+    return inner.start >= outer.start and inner.stop <= outer.stop
 
 
 def measure(function: sass.Function, kernel: str, source: str, arch: str) -> Kernel:
@@ -179,7 +212,7 @@ def measure(function: sass.Function, kernel: str, source: str, arch: str) -> Ker
         loop_instructions=straight + main.inner_passes(arguments) * (len(loop) - straight),
         tensor_instructions=function.count(sass.TENSOR_OPCODES, loop),
         numbers=main.numbers(arguments),
-        parts=slot_parts(function, loop, int(arguments[2])) if name == "slot_products" else {},
+        parts=slot_parts(function, loop) if name == "slot_products" else {},
     )
 
 

@@ -39,10 +39,8 @@ GROUP_ROWS = 32
 """kGroupRows in csrc/cuda/row_groups.h: what a block of threads makes, by tiles."""
 ELEMENT_GROUPS = 2
 """kGroups in csrc/cuda/linear_elements.cu."""
-CHUNK_WORDS = 32
-"""kWords in csrc/cuda/slot_products.cu."""
-SLOT_ROWS = 128
-"""That a block of threads takes at most: kMaxRows there."""
+SLOT_ROWS = 256
+"""That a block of threads takes at most: kMaxRows in csrc/cuda/slot_products_sums.h."""
 BLOCK_SHARED_BYTES = 227 * 1024
 """That a block of threads can have."""
 
@@ -54,7 +52,9 @@ def window_shared_bytes(kernel: str) -> int:
         # The window, and its negative; or the windows of two groups of rows.
         return 4 * elements
     if kernel == "slot_products":
-        return 4 * CHUNK_WORDS * elements // block + 4 * CHUNK_WORDS * block
+        # For batches up to 4: twice as much beyond.
+        words = compiled_cuda.chunk_words(("BFloat16", "64", "4"))
+        return 2 * words * elements // block + 2 * 2 * words * block
     # The window's gradient.
     return 4 * elements if kernel == "weight_backward" else 0
 
@@ -138,44 +138,58 @@ def by_tiles(kernels: Kernels, layer: GPULinear, batch: int) -> Units:
     )
 
 
-def by_slot_products(kernels: Kernels, layer: GPULinear, batch: int) -> Units:
-    """Products of slots and column blocks, then sums of those drawn (csrc/cuda/slot_products.cu).
+def read_cycles(batch: int) -> float:
+    """Of a warp whose lanes each read the products that one draws, in bfloat16.
 
-    Of two lanes that may meet in a bank, some of a warp's nearly always do: products take twice
-    the time to read.
+    In a clock cycle, lanes that fill all banks read, of 16 bytes each at most. Those that read the
+    same words of a plane's slots, four of each, meet where their slots are equal modulo 4
+    (ProductTable in csrc/cuda/slot_products_sums.h), and the cycle takes as often as they meet
+    most: of 256 ways for four lanes 24, 204 and 252 have at most 1, 2 and 3 meet.
     """
-    name = f"slot_products<BFloat16, {layer.block}, {batch}>"
+    cycles = max(batch, 4) // 2 if batch >= 4 else 1
+    meeting = max(32 // cycles, 8) // 4
+    return cycles * (1 + sum(1 - (ways / 256) ** meeting for ways in (24, 204, 252)))
+
+
+def by_slot_products(kernels: Kernels, layer: GPULinear, batch: int) -> Units:
+    """Products of slots and column blocks, then sums of those drawn (slot_products_kernel.h)."""
+    kernel = kernels[f"slot_products<BFloat16, {layer.block}, {batch}>"]
     assert layer.window is not None
     assert layer.rows_per_window is not None
     rows = min(layer.rows_per_window, SLOT_ROWS)
     slots = layer.window // layer.block
-    blocks = CHUNK_WORDS // batch
-    chunk_weights = rows * blocks * layer.block
-    chunks = layer.num_weights / chunk_weights
-    parts = kernels[name].parts
-    instructions = 8 * 32 * compiled_cuda.slot_pass(parts, layer.num_hashes, batch, rows)
-    products = 4 * slots * CHUNK_WORDS
-    drawn = 2 * 4 * rows * blocks * layer.num_hashes * batch
-    inputs = 2 * CHUNK_WORDS * layer.block
+    words = compiled_cuda.chunk_words(kernel.arguments)
+    draws = rows * words // batch
+    chunks = layer.num_weights / (draws * layer.block)
+    instructions = 8 * 32 * compiled_cuda.slot_pass(kernel.parts, layer.num_hashes, words, rows)
+    products = 2 * slots * words
+    drawn = 128 * draws / 32 * layer.num_hashes * read_cycles(batch)
+    # Written once, and read by each of 8 warps.
+    inputs = 2 * words * layer.block
+    # The sums of 4 samples, or of 4 draws, take a tensor instruction of a warp.
+    added = TENSOR_INSTRUCTION * draws / 32 * batch / 4
     cache = layer.out_features / rows * (2 * layer.window + 2 * batch * layer.in_features)
     return Units(
         instructions=chunks * instructions / H200.instructions,
         shared_memory=chunks * (products + drawn + 9 * inputs) / SHARED_BYTES,
-        tensor_cores=chunks * 2 * slots * CHUNK_WORDS * layer.block / TENSOR_FLOPS,
+        tensor_cores=chunks * (2 * slots * words * layer.block + added) / TENSOR_FLOPS,
         memory=memory_seconds(layer, batch, cache),
     )
 
 
 def uses_slot_products(layer: GPULinear, batch: int) -> bool:
-    """slot_products_win in csrc/cuda/crossovers.h, and what those kernels are made for."""
+    """slot_products_win in csrc/cuda/crossovers.h, for batches that are powers of two."""
     assert layer.window is not None
     assert layer.rows_per_window is not None
     hashes, block, slots = layer.num_hashes, layer.block, layer.window / layer.block
-    rows = min(layer.rows_per_window, SLOT_ROWS)
-    multiply = max(slots * block / 40, slots + 4 * block) / 32 / rows
-    add = max((13 + hashes * (8 + batch)) / 128, hashes * batch / 16)
-    pays = batch * multiply + add < block * hashes / 64
-    return layer.depth == 1 and batch <= 8 and pays
+    share = batch / 32 / min(layer.rows_per_window, SLOT_ROWS)
+    slot_cycles = max(
+        share * slots * block / 36,
+        share * (slots / 2 + 4.5 * block) + hashes * max(batch, 2) / 24,
+        share * 660 + (23 + hashes * (9 + batch / 2)) / 128,
+    )
+    tile_cycles = block * max(hashes / 64 + batch / 4096, (2 + 1.3 * hashes) / 128)
+    return layer.depth <= 1 and batch <= 16 and slot_cycles < tile_cycles
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,7 +140,8 @@ def can_run(sample: Sample, backend: str) -> bool:
     if backend == "cuda:slot_products":
         slots = (sample.hash_spec.window or sample.hash_spec.pool_size) // block
         few_slots = slots <= min(512, 2**15 // block)
-        return block >= 16 and few_slots and depth <= 1 and batch <= 8
+        most = 16 if sample.dtype == BFLOAT16 else 8
+        return block >= 16 and few_slots and depth <= 1 and batch <= most
     return True
 
 

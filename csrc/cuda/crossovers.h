@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "cuda/linear.h"
@@ -12,19 +13,33 @@
 
 namespace hfh::cuda {
 
-/// In clock cycles of a multiprocessor for a row and a column block of it. Slot products multiply
-/// all slots of a window for at most 128 rows at once: slots * block / 40 cycles on the tensor
-/// cores for 32 products of each, or as many to write them and to read the inputs. Of a product
-/// that a row draws, shared memory reads 4 bytes at half its rate; a draw takes 8 instructions and
-/// one for each input. Tiles read num_hashes elements of 2 bytes a weight, whatever the batch.
-inline bool slot_products_win(const HashParams& hash, int64_t batch, int64_t rows) {
+/// Clock cycles of a multiprocessor for a row and a column block of it, with a linear g. Shared
+/// memory reads num_hashes elements of 2 bytes a weight, 128 bytes a cycle, and passes the input
+/// once for 64 rows; or the instructions of 128 lanes a cycle bind.
+inline double tile_cycles(const HashParams& hash, int64_t batch) {
+  const double hashes = hash.num_hashes, inputs = static_cast<double>(batch);
+  return hash.block() * std::max(hashes / 64 + inputs / 4096, (2 + 1.3 * hashes) / 128);
+}
+
+/// The same by slot products, which multiply all slots of a window for at most 256 rows at once.
+/// For 32 products of each slot that takes slots * block / 36 cycles of the tensor cores, half a
+/// cycle a slot to write them and 4.5 * block to read the inputs, and 660 for the instructions. For
+/// each product that a row draws, shared memory takes 1/24 cycle, and the lane 9 instructions and
+/// one for two inputs.
+inline double slot_product_cycles(const HashParams& hash, int64_t batch, int64_t rows) {
   const double hashes = hash.num_hashes, slots = hash.draw_slots, block = hash.block();
-  const double inputs = batch > 4 ? 8 : batch > 2 ? 4 : static_cast<double>(batch);
+  const auto inputs = static_cast<double>(std::bit_ceil(static_cast<uint64_t>(batch)));
   const int64_t rows_per_window = hash.rows_per_window == 0 ? rows : hash.rows_per_window;
-  const double rows_at_once = static_cast<double>(std::clamp<int64_t>(rows_per_window, 1, 128));
-  const double multiply = std::max(slots * block / 40, slots + 4 * block) / 32 / rows_at_once;
-  const double add = std::max((13 + hashes * (8 + inputs)) / 128, hashes * inputs / 16);
-  return inputs * multiply + add < block * hashes / 64;
+  const double share =
+      inputs / 32 / static_cast<double>(std::clamp<int64_t>(rows_per_window, 1, 256));
+  return std::max({share * slots * block / 36,
+                   share * (slots / 2 + 4.5 * block) + hashes * std::max(inputs, 2.0) / 24,
+                   share * 660 + (23 + hashes * (9 + inputs / 2)) / 128});
+}
+
+/// Of kernels that can both run.
+inline bool slot_products_win(const HashParams& hash, int64_t batch, int64_t rows) {
+  return slot_product_cycles(hash, batch, rows) < tile_cycles(hash, batch);
 }
 
 /// A panel is read again at once, out of the second-level cache.

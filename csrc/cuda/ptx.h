@@ -78,6 +78,16 @@ __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_
   return d;
 }
 
+/// a b + c of pairs of bfloat16, each rounded to bfloat16 once; of `a`, both times the high half.
+__device__ __forceinline__ uint32_t multiply_add_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("{.reg .b16 l, h; .reg .b32 x; mov.b32 {l, h}, %1; mov.b32 x, {h, h};"
+      "fma.rn.bf16x2 %0, x, %2, %3;}"
+      : "=r"(d)
+      : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 /// tanh to about 11 bits, by the special function unit.
 __device__ __forceinline__ float fast_tanh(float x) {
   float y;

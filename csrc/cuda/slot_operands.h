@@ -9,16 +9,27 @@ namespace hfh::cuda::slots {
 
 inline constexpr int kWarps = 8;
 inline constexpr int kThreads = kWarps * kWarpSize;
-inline constexpr int kTile = 16;               // slots of one tensor core operation
-inline constexpr int kWords = 32;              // products of a slot in a chunk
-inline constexpr int kHalfWords = kWords / 2;  // see products_of
-inline constexpr int kUnit = 8;                // numbers of a 16-byte access
+inline constexpr int kTile = 16;        // slots of one tensor core operation
+inline constexpr int kPlaneWords = 16;  // that a warp multiplies its slots by at once
+inline constexpr int kUnit = 8;         // numbers of a 16-byte access
+
+/// Of a product in shared memory: bfloat16 for bfloat16. The rounding averages out, and is 2^-8 at
+/// most, too much for float16, whose range is too small in turn: these keep float32.
+HFH_HOST_DEVICE constexpr int product_bytes(bool bfloat16) { return bfloat16 ? 2 : 4; }
+template <class Number>
+inline constexpr int kProductBytes = product_bytes(Number::kExponentBits == 8);
+
+/// Column blocks of samples that a chunk multiplies slots by. Few samples take small chunks, of
+/// which there are more to share out.
+HFH_HOST_DEVICE constexpr int words_of_chunk(int product_bytes, int batch) {
+  return product_bytes == 2 && batch > 4 ? 64 : 32;
+}
 
 HFH_HOST_DEVICE constexpr int tiles_of_warp(int block) { return block <= 64 ? 4 : 256 / block; }
 constexpr int max_slots(int block) { return tiles_of_warp(block) * kWarps * kTile; }
 
-HFH_HOST_DEVICE constexpr size_t input_bytes(int block) {
-  return kWords * block * sizeof(uint16_t);
+HFH_HOST_DEVICE constexpr size_t input_bytes(int words, int block) {
+  return words * block * sizeof(uint16_t);
 }
 
 /// 16 bits for each of two neighbouring columns of a block: ones inside [begin, end).
@@ -37,8 +48,9 @@ struct SlotOperands {
   static constexpr int kSteps = kBlock / 16;
   uint32_t words[kTiles][kSteps][4];
 
-  __device__ __forceinline__ static int tile(int i) {
-    return static_cast<int>(threadIdx.x) / kWarpSize + i * kWarps;
+  /// Tile i of a thread's warp.
+  __device__ __forceinline__ static int tile(unsigned thread, int i) {
+    return static_cast<int>(thread / kWarpSize) + i * kWarps;
   }
 
   /// Columns that the layer has not are zero, whatever the pool holds there. (Slots past the last
@@ -52,7 +64,7 @@ struct SlotOperands {
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t draw = tile(i) * kTile + half * 8 + m;
+        const uint32_t draw = tile(threadIdx.x, i) * kTile + half * 8 + m;
         const uint32_t slot = base + (draw < hash.draw_slots ? draw : 0);
         // Bytes: fewer than 2^32, as the pool has fewer than 2^31 numbers.
         const uint32_t row =
@@ -94,12 +106,12 @@ struct SlotOperands {
 };
 
 /// Where 16 bytes of a word's block lie in the inputs' buffer, which is in the order in which
-/// lanes take operand "b". Words 4n + 2j and 4n + 2j + 1 of a half are columns 2n and 2n + 1 of its
-/// tile j: a lane then gets four products of a slot that lie beside each other.
+/// lanes take operand "b". Words 4n + 2j and 4n + 2j + 1 of a plane are columns 2n and 2n + 1 of
+/// its tile j: a lane then gets four products of a slot that lie beside each other.
 template <int kBlock>
 __device__ __forceinline__ unsigned input_offset(unsigned word, unsigned unit) {
-  const unsigned half = word / kHalfWords, in_half = word % kHalfWords;
-  const unsigned tile = 2 * half + in_half / 2 % 2, column = in_half / 4 * 2 + in_half % 2;
+  const unsigned plane = word / kPlaneWords, in_plane = word % kPlaneWords;
+  const unsigned tile = 2 * plane + in_plane / 2 % 2, column = in_plane / 4 * 2 + in_plane % 2;
   if constexpr (kBlock == 16) {
     return (tile * kWarpSize + column * 4) * 8 + unit * 16;
   } else {

@@ -12,32 +12,67 @@ using namespace slots;
 namespace {
 
 constexpr int kMinBlock = 16;
-constexpr int kMaxBatch = 8;
 constexpr int64_t kMaxParts = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+int64_t max_batch(DType dtype) { return dtype == DType::kBFloat16 ? 16 : 8; }
+
 /// The power of two of samples that the kernels are made for.
-int padded_batch(int64_t batch) { return batch > 4 ? 8 : batch > 2 ? 4 : static_cast<int>(batch); }
+int padded_batch(int64_t batch) {
+  return batch > 8 ? 16 : batch > 4 ? 8 : batch > 2 ? 4 : static_cast<int>(batch);
+}
 
 /// The layer's column blocks: whole ones, and the parts of one at either end.
 struct Columns {
-  ColumnBlocks whole, partial[2];
+  ColumnBlocks whole, before, after;
 
-  Columns(const DeviceWeight& weight, int64_t in_features) : whole{}, partial{} {
+  Columns(const DeviceWeight& weight, int64_t in_features) : whole{}, before{}, after{} {
     const int64_t block = weight.hash.block(), begin = weight.col_offset;
     const int64_t end = begin + in_features, first = begin / block, last = end / block;
-    const int before = static_cast<int>(begin % block), after = static_cast<int>(end % block);
+    const int cut_before = static_cast<int>(begin % block),
+              cut_after = static_cast<int>(end % block);
     if (in_features == 0) return;
-    const int64_t first_whole = first + (before > 0);
-    whole = {first_whole, static_cast<int>(std::max(last - first_whole, int64_t{0})), 0,
+    const int64_t first_whole = first + (cut_before > 0);
+    const auto number = [](int64_t block) { return static_cast<uint32_t>(block); };
+    whole = {number(first_whole), static_cast<int>(std::max(last - first_whole, int64_t{0})), 0,
              static_cast<int>(block)};
-    if (before > 0) {
-      partial[0] = {first, 1, before, first == last ? after : static_cast<int>(block)};
+    if (cut_before > 0) {
+      before = {number(first), 1, cut_before, first == last ? cut_after : static_cast<int>(block)};
     }
-    if (after > 0 && (before == 0 || first != last)) partial[1] = {last, 1, 0, after};
+    if (cut_after > 0 && (cut_before == 0 || first != last))
+      after = {number(last), 1, 0, cut_after};
   }
 };
+
+int bytes_of_product(const SlotProductsLinear& linear) {
+  return product_bytes(linear.dtype == DType::kBFloat16);
+}
+
+/// Whether whole column blocks of all inputs begin at multiples of 16 bytes.
+bool is_aligned(const DeviceWeight& weight, const SlotProductsLinear& linear) {
+  const bool rows = linear.batch == 1 || linear.in_features % kUnit == 0;
+  return rows && weight.col_offset % kUnit == 0 &&
+         reinterpret_cast<uintptr_t>(linear.input) % (kUnit * sizeof(uint16_t)) == 0;
+}
+
+/// Clock cycles of a multiprocessor, counted for an H200: on its tensor cores, for its shared
+/// memory or for instructions, whatever takes longest.
+struct Cycles {
+  double load;      // of a thread block's slots
+  double multiply;  // the slots by a chunk
+  double add;       // what a pass of kPassRows rows draws of a chunk
+
+  Cycles(const HashParams& hash, double words, double batch) {
+    const double slots = hash.draw_slots, block = hash.block(), hashes = hash.num_hashes;
+    const double blocks = words / batch;
+    load = slots * block / 10;
+    multiply = words / 32 * std::max({slots * block / 36, slots / 2 + 4.5 * block, 660.0});
+    add = blocks * kPassRows *
+          std::max((23 + hashes * (9 + batch / 2)) / 128, hashes * std::max(batch, 2.0) / 24);
+  }
+};
+constexpr double kAnotherKernel = 5000;
 
 template <class F>
 void with_block(uint32_t block, const F& f) {
@@ -64,8 +99,10 @@ void with_batch(int64_t batch, const F& f) {
       return f(std::integral_constant<int, 2>());
     case 4:
       return f(std::integral_constant<int, 4>());
-    default:
+    case 8:
       return f(std::integral_constant<int, 8>());
+    default:
+      return f(std::integral_constant<int, 16>());
   }
 }
 
@@ -88,8 +125,8 @@ std::string why_not_slot_products(const DeviceWeight& weight, const SlotProducts
     return "slot products need windows of at most " + number(max_slots(block)) + " blocks of " +
            number(block) + ", not " + number(hash.draw_slots);
   }
-  if (linear.batch > kMaxBatch) {
-    return "slot products need a batch of at most " + number(kMaxBatch) + ", not " +
+  if (linear.batch > max_batch(linear.dtype)) {
+    return "slot products need a batch of at most " + number(max_batch(linear.dtype)) + ", not " +
            number(linear.batch);
   }
   if (reinterpret_cast<uintptr_t>(weight.pool) % 16 != 0) {
@@ -111,24 +148,27 @@ SlotProductsPlan plan_slot_products(const DeviceWeight& weight, const SlotProduc
     window_rows = std::min(window_rows, rows);
     if (plan.num_windows > 1) window_rows = rows;
   }
-  plan.groups_per_window = static_cast<int>(std::max(ceil_div(window_rows, kMaxRows), int64_t{1}));
-  const int64_t rows_at_once = kWarps * batch;
-  plan.rows_per_group = static_cast<int>(
-      ceil_div(ceil_div(window_rows, plan.groups_per_window), rows_at_once) * rows_at_once);
-  // In units of a chunk: what a thread block takes to load its slots, and to launch another kernel.
-  constexpr int64_t kLoad = 4, kAnotherKernel = 4;
+  const int words = words_of_chunk(bytes_of_product(linear), batch);
   const int64_t chunks = std::max(
-      ceil_div(Columns(weight, linear.in_features).whole.count, kWords / batch), int64_t{1});
-  const int64_t groups = plan.num_windows * plan.groups_per_window;
-  const int64_t resident = 2 * device.processors;
-  int64_t least = 0;
-  for (int64_t parts = 1; parts <= std::min(chunks, kMaxParts); ++parts) {
-    const int64_t chunks_per_part = ceil_div(chunks, parts);
-    if (ceil_div(chunks, chunks_per_part) != parts) continue;
-    const int64_t cost = ceil_div(groups * parts, resident) * (chunks_per_part + kLoad) +
-                         (parts > 1 ? kAnotherKernel : 0);
-    if (parts == 1 || cost < least) {
+      ceil_div(Columns(weight, linear.in_features).whole.count, words / batch), int64_t{1});
+  const Cycles cycles(hash, words, batch);
+  double least = 0;
+  for (int passes = kPasses; passes > 0; --passes) {
+    const int64_t groups = std::max(ceil_div(window_rows, passes * kPassRows), int64_t{1});
+    const int64_t group_passes = ceil_div(ceil_div(window_rows, groups), kPassRows);
+    for (int64_t parts = 1; parts <= std::min(chunks, kMaxParts); ++parts) {
+      const int64_t chunks_per_part = ceil_div(chunks, parts);
+      if (ceil_div(chunks, chunks_per_part) != parts) continue;
+      const auto per_processor =
+          static_cast<double>(ceil_div(plan.num_windows * groups * parts, device.processors));
+      const double chunk = cycles.multiply + cycles.add * static_cast<double>(group_passes);
+      const double cost =
+          per_processor * (cycles.load + static_cast<double>(chunks_per_part) * chunk) +
+          (parts > 1 ? kAnotherKernel : 0);
+      if (least > 0 && cost >= least) continue;
       least = cost;
+      plan.groups_per_window = static_cast<int>(groups);
+      plan.rows_per_group = static_cast<int>(group_passes * kPassRows);
       plan.num_parts = static_cast<int>(parts);
       plan.chunks_per_part = static_cast<int>(chunks_per_part);
     }
@@ -143,12 +183,15 @@ void slot_products(const DeviceWeight& weight, const SlotProductsLinear& linear,
   const Arguments args{weight,
                        linear,
                        plan,
-                       columns.whole,
-                       {columns.partial[0], columns.partial[1]},
-                       plan.num_parts == 1 ? nullptr : workspace};
+                       {columns.whole, columns.before, columns.after},
+                       plan.num_parts == 1 ? nullptr : workspace,
+                       is_aligned(weight, linear)};
   const uint32_t block = weight.hash.block();
   const int64_t blocks = plan.num_windows * plan.groups_per_window * plan.num_parts;
-  const Grid grid{blocks, kThreads, shared_bytes(weight.hash.draw_slots, static_cast<int>(block))};
+  const int product = bytes_of_product(linear);
+  const int words = words_of_chunk(product, padded_batch(linear.batch));
+  const Grid grid{blocks, kThreads,
+                  shared_bytes(weight.hash.draw_slots, product, words, static_cast<int>(block))};
   const auto launch_for = [&](auto number, auto block_size, auto batch) {
     launch(
         "slot_products",
@@ -159,7 +202,7 @@ void slot_products(const DeviceWeight& weight, const SlotProductsLinear& linear,
     with_batch(linear.batch, [&](auto batch) {
       if (linear.dtype == DType::kBFloat16) {
         launch_for(BFloat16{}, block_size, batch);
-      } else {
+      } else if constexpr (decltype(batch)::value <= 8) {
         launch_for(Float16{}, block_size, batch);
       }
     });

@@ -62,6 +62,15 @@ inline uint32_t opaque(uint32_t x) { return x; }
 
 inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
 
+/// In float64 the product is exact, and a sum close to the middle of two results nearly always so.
+inline uint32_t multiply_add_bfloat16(uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [](uint32_t x, uint32_t y, uint32_t z) {
+    const double product = double{from_bits<BFloat16>(x)} * from_bits<BFloat16>(y);
+    return to_bits<BFloat16>(static_cast<float>(product + from_bits<BFloat16>(z)));
+  };
+  return one(a >> 16, b >> 16, c >> 16) << 16 | one(a >> 16, b & 0xffff, c & 0xffff);
+}
+
 /// With the error of the instruction: 2^-11 of the result.
 inline float fast_tanh(float x) {
   const auto bits = std::bit_cast<uint32_t>(std::tanh(x));
