@@ -12,6 +12,9 @@ void reconstruct_kernel(const VirtualWeight&, const cpu::TileBounds&, void* out,
 void linear_kernel(const VirtualWeight&, const cpu::LinearBatch&, int64_t row_begin,
                    int64_t row_end, float* scratch);
 size_t linear_scratch_kernel();
+void linear_bfloat16_kernel(const VirtualWeight&, const cpu::BFloat16Batch&, int64_t row_begin,
+                            int64_t row_end, void* scratch);
+size_t linear_bfloat16_scratch_kernel();
 void linear_backward_input_kernel(const VirtualWeight&, const cpu::LinearBatch&, int64_t col_begin,
                                   int64_t col_end, float* scratch);
 bool has_slot_products_kernel(const VirtualWeight&);

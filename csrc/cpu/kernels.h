@@ -19,12 +19,15 @@ struct TileBounds {
 };
 
 /// Operands of a product with a virtual weight; all contiguous.
-struct LinearBatch {
-  const float* input;  // [batch, in_features]
-  const float* bias;   // [out_features] or null
-  float* output;       // [batch, out_features]
+template <class T>
+struct LinearOperands {
+  const T* input;     // [batch, in_features]
+  const float* bias;  // [out_features] or null
+  T* output;          // [batch, out_features]
   int64_t batch, in_features, out_features;
 };
+using LinearBatch = LinearOperands<float>;
+using BFloat16Batch = LinearOperands<BFloat16>;
 
 /// Starts outputs [row_begin, row_end) of inputs [first, first + count) at the bias.
 inline void set_bias(const LinearBatch& args, int64_t first, int64_t count, int64_t row_begin,
@@ -82,6 +85,8 @@ struct ElementGradients {
 struct Kernels {
   const char* capability;
   int lanes;
+  /// Products of bfloat16 that one instruction adds to a lane's sum; 1 where all is in float32.
+  int bfloat16_products;
 
   /// Writes the tile to `out`, row-major, `stride` elements from row to row. `meanwhile` is called
   /// once for each block of a row, or for each vector where blocks are shorter.
@@ -97,6 +102,10 @@ struct Kernels {
                                 int64_t col_end, float* scratch);
   /// Floats of scratch that either takes: a constant.
   size_t (*linear_scratch)();
+  /// `linear` of bfloat16, added up in float32. `scratch` holds `linear_bfloat16_scratch()` bytes.
+  void (*linear_bfloat16)(const VirtualWeight&, const BFloat16Batch&, int64_t row_begin,
+                          int64_t row_end, void* scratch);
+  size_t (*linear_bfloat16_scratch)();
 
   /// Whether outputs can be added up from slot products (see slots.cpp); in_features must be a
   /// multiple of the block.

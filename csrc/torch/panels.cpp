@@ -16,9 +16,11 @@ namespace {
 using cpu::kernels;
 using cpu::TileBounds;
 
-// bfloat16 batches up to this are multiplied in float32 as the weights are made; larger ones go
-// through the platform's GEMM, whose matrix units make up for the panels' way through memory.
-constexpr int64_t kSmallBatchBFloat16 = 4;
+// On a machine with a matrix unit, bfloat16 batches beyond this go through the platform's GEMM,
+// whose use of it makes up for the panels' way through memory.
+constexpr int64_t kSmallBatchBFloat16 = 64;
+// Inputs and outputs of bfloat16 slot products that are in float32 at once.
+constexpr int64_t kFloatsAtOnce = 1 << 20;
 
 // A panel for the platform's GEMM fills about a quarter of a second-level cache.
 constexpr int64_t kPanelBytes = 1 << 19;
@@ -95,6 +97,37 @@ void fused_forward(const CheckedWeight& weight, const at::Tensor& input, const a
   if (!out_float.is_same(out)) out.copy_(out_float);
 }
 
+/// The same for a part of the batch at a time.
+void fused_forward_by_parts(const CheckedWeight& weight, const at::Tensor& input,
+                            const at::Tensor& bias, at::Tensor& out) {
+  constexpr int64_t kInputs = cpu::BatchSlotProducts::kInputs;
+  const int64_t batch = input.size(0);
+  const int64_t at_once =
+      round_up(std::max<int64_t>(1, kFloatsAtOnce / (weight.rows() + weight.cols())), kInputs);
+  for (int64_t first = 0; first < batch; first += at_once) {
+    const int64_t last = std::min(batch, first + at_once);
+    at::Tensor part = out.slice(0, first, last);
+    fused_forward(weight, input.slice(0, first, last), bias, part);
+  }
+}
+
+/// The product of bfloat16 tensors, summed in float32.
+void bfloat16_forward(const CheckedWeight& weight, const at::Tensor& input, const at::Tensor& bias,
+                      at::Tensor& out) {
+  const at::Tensor bias_float = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
+  const cpu::BFloat16Batch batch{static_cast<const BFloat16*>(input.const_data_ptr()),
+                                 bias.defined() ? bias_float.const_data_ptr<float>() : nullptr,
+                                 static_cast<BFloat16*>(out.mutable_data_ptr()),
+                                 input.size(0),
+                                 weight.cols(),
+                                 weight.rows()};
+  const int64_t grain = std::max<int64_t>(8, kGrainWeights / weight.cols());
+  at::parallel_for(0, weight.rows(), grain, [&](int64_t begin, int64_t end) {
+    void* scratch = Scratch<Purpose::kPanels>::get(kernels().linear_bfloat16_scratch());
+    kernels().linear_bfloat16(weight.get(), batch, begin, end, scratch);
+  });
+}
+
 void fused_backward_input(const CheckedWeight& weight, const at::Tensor& grad_output,
                           at::Tensor& grad_input) {
   const at::Tensor grad_output_float = grad_output.to(at::kFloat);
@@ -122,12 +155,19 @@ void multiply_forward(const CheckedWeight& weight, const at::Tensor& input, cons
   const auto dtype = input.scalar_type();
   const int64_t batch = input.size(0), element = element_size(dtype);
   const int64_t panel_size = kPanelBytes / element;
-  // Sums in bfloat16 would be rounded between stretches of columns: panels take whole rows, or the
-  // product is in float32.
   const bool is_bfloat16 = dtype == at::kBFloat16;
-  if (dtype == at::kFloat || (is_bfloat16 && (batch <= kSmallBatchBFloat16 ||
-                                              weight.cols() > panel_size / kMinPanelRows))) {
+  if (dtype == at::kFloat || (is_bfloat16 && batch == 1)) {
     return fused_forward(weight, input, bias, out);
+  }
+  if (is_bfloat16 &&
+      prefers_slot_products_bfloat16(weight.get(), weight.rows(), weight.cols(), batch)) {
+    return fused_forward_by_parts(weight, input, bias, out);
+  }
+  // The platform's sums in bfloat16 would be rounded between stretches of columns: its panels take
+  // whole rows.
+  if (is_bfloat16 && (batch <= kSmallBatchBFloat16 || kernels().matrix_unit == nullptr ||
+                      weight.cols() > panel_size / kMinPanelRows)) {
+    return bfloat16_forward(weight, input, bias, out);
   }
   const int64_t cols_at_once =
       is_bfloat16 ? weight.cols() : std::min(weight.cols(), panel_size / kPanelRows);

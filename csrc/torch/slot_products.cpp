@@ -27,28 +27,29 @@ constexpr int64_t kInputs = cpu::BatchSlotProducts::kInputs;
 /// How a product is best computed.
 enum class Way { kWeights, kSlotProducts, kBatchSlotProducts };
 
-/// Vector operations to multiply a vector of weights with one of many inputs.
+/// Vector operations to multiply a vector of weights with one of many inputs. On the matrix unit
+/// they take a little less.
 double cost_of_input(int64_t batch) { return prefers_matrix_unit(batch) ? 0.85 : 1; }
 
 /// Vector operations that each way takes, checked against measurements at 4096 x 4096. A draw takes
 /// about 14 for a vector of rows, a gathered product 30; inputs side by side take 12 to add one. A
-/// weight takes about 5 and one for each hash and input, and 8 more to turn it round for several
-/// inputs; on the matrix unit inputs take a little less.
-Way fastest_way(const VirtualWeight& weight, const cpu::LinearBatch& args) {
-  if (args.in_features % weight.hash.block() != 0 || !kernels().has_slot_products(weight)) {
+/// weight takes about 5 and one for each hash, `unit` for each input, and 8 more to turn it round
+/// for several inputs.
+Way fastest_way(const VirtualWeight& weight, int64_t out_features, int64_t in_features,
+                int64_t num_inputs, double unit) {
+  if (in_features % weight.hash.block() != 0 || !kernels().has_slot_products(weight)) {
     return Way::kWeights;
   }
   const double block = weight.hash.block(), hashes = weight.hash.num_hashes;
-  const double rows = args.out_features, cols = args.in_features;
-  const double batch = args.batch, unit = cost_of_input(args.batch);
+  const double rows = out_features, cols = in_features, batch = num_inputs;
   const double products = weight.hash.num_slots * cols, draws = rows * cols / block * hashes;
   const double weights = rows * cols * (5 + hashes + batch * unit + (batch > 1 ? 8 : 0));
   constexpr double kNever = std::numeric_limits<double>::infinity();
   const double one_by_one =
-      args.batch <= kMaxSlotProductBatch && args.batch * weight.hash.num_slots <= kSlotProducts
+      num_inputs <= kMaxSlotProductBatch && num_inputs * weight.hash.num_slots <= kSlotProducts
           ? batch * products + draws * (14 + 30 * batch)
           : kNever;
-  const double inputs = round_up(args.batch, cpu::BatchSlotProducts::kInputs);
+  const double inputs = round_up(num_inputs, cpu::BatchSlotProducts::kInputs);
   const double rounds = inputs / cpu::BatchSlotProducts::kInputs;
   const double side_by_side =
       weight.hash.num_slots <= kSlotProducts / cpu::BatchSlotProducts::kInputs
@@ -187,8 +188,15 @@ void forward_by_slot_products(const VirtualWeight& weight, const cpu::LinearBatc
 
 }  // namespace
 
+bool prefers_slot_products_bfloat16(const VirtualWeight& weight, int64_t out_features,
+                                    int64_t in_features, int64_t batch) {
+  return fastest_way(weight, out_features, in_features, batch, 1.0 / kernels().bfloat16_products) !=
+         Way::kWeights;
+}
+
 bool slot_products_forward(const VirtualWeight& weight, const cpu::LinearBatch& args) {
-  switch (fastest_way(weight, args)) {
+  switch (fastest_way(weight, args.out_features, args.in_features, args.batch,
+                      cost_of_input(args.batch))) {
     case Way::kSlotProducts:
       forward_by_slot_products(weight, args);
       return true;

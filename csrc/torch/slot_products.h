@@ -10,6 +10,10 @@ namespace hfh::torch_ops {
 /// possible and takes the fewest operations; returns whether it is.
 bool slot_products_forward(const VirtualWeight& weight, const cpu::LinearBatch& args);
 
+/// Whether that takes fewer operations than the product of bfloat16 inputs with the weights.
+bool prefers_slot_products_bfloat16(const VirtualWeight& weight, int64_t out_features,
+                                    int64_t in_features, int64_t batch);
+
 /// Likewise as `Kernels::linear_backward_input`, for all columns.
 bool slot_products_backward_input(const VirtualWeight& weight, const cpu::LinearBatch& args);
 
