@@ -29,6 +29,18 @@ struct LinearOperands {
 using LinearBatch = LinearOperands<float>;
 using BFloat16Batch = LinearOperands<BFloat16>;
 
+/// What the gradient of a weight is the product of; contiguous.
+struct BFloat16Gradient {
+  const BFloat16* grad_output;  // [batch, out_features]
+  const BFloat16* input;        // [batch, in_features]
+  int64_t batch, out_features, in_features;
+};
+
+/// Tiles of a weight's gradient, at most.
+struct GradientTile {
+  static constexpr int64_t kRows = 64, kCols = 512;
+};
+
 /// Starts outputs [row_begin, row_end) of inputs [first, first + count) at the bias.
 inline void set_bias(const LinearBatch& args, int64_t first, int64_t count, int64_t row_begin,
                      int64_t row_end) {
@@ -102,10 +114,17 @@ struct Kernels {
                                 int64_t col_end, float* scratch);
   /// Floats of scratch that either takes: a constant.
   size_t (*linear_scratch)();
-  /// `linear` of bfloat16, added up in float32. `scratch` holds `linear_bfloat16_scratch()` bytes.
+
+  /// `linear` and `linear_backward_input` of bfloat16, added up in float32.
   void (*linear_bfloat16)(const VirtualWeight&, const BFloat16Batch&, int64_t row_begin,
                           int64_t row_end, void* scratch);
-  size_t (*linear_bfloat16_scratch)();
+  void (*linear_backward_input_bfloat16)(const VirtualWeight&, const BFloat16Batch&,
+                                         int64_t col_begin, int64_t col_end, void* scratch);
+  /// Writes a tile of the weight's gradient, grad_output^T input, at most a GradientTile.
+  void (*weight_gradient_bfloat16)(const BFloat16Gradient&, const TileBounds&, float* gradient,
+                                   int64_t stride, void* scratch);
+  /// Bytes of scratch that each of them takes: a constant.
+  size_t (*bfloat16_scratch)();
 
   /// Whether outputs can be added up from slot products (see slots.cpp); in_features must be a
   /// multiple of the block.

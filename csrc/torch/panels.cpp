@@ -16,17 +16,13 @@ namespace {
 using cpu::kernels;
 using cpu::TileBounds;
 
-// On a machine with a matrix unit, bfloat16 batches beyond this go through the platform's GEMM,
-// whose use of it makes up for the panels' way through memory.
-constexpr int64_t kSmallBatchBFloat16 = 64;
-// Inputs and outputs of bfloat16 slot products that are in float32 at once.
-constexpr int64_t kFloatsAtOnce = 1 << 20;
-
 // A panel for the platform's GEMM fills about a quarter of a second-level cache.
 constexpr int64_t kPanelBytes = 1 << 19;
 constexpr int64_t kPanelRows = 128;
 constexpr int64_t kMinPanelRows = 16;
 constexpr int64_t kPanelCols = 512;
+// Of the gradient to a bfloat16 input, where a panel holds all rows.
+constexpr int64_t kGradPanelCols = 64;
 // Weights that a thread should get to make before another is woken.
 constexpr int64_t kGrainWeights = 1 << 14;
 
@@ -97,37 +93,6 @@ void fused_forward(const CheckedWeight& weight, const at::Tensor& input, const a
   if (!out_float.is_same(out)) out.copy_(out_float);
 }
 
-/// The same for a part of the batch at a time.
-void fused_forward_by_parts(const CheckedWeight& weight, const at::Tensor& input,
-                            const at::Tensor& bias, at::Tensor& out) {
-  constexpr int64_t kInputs = cpu::BatchSlotProducts::kInputs;
-  const int64_t batch = input.size(0);
-  const int64_t at_once =
-      round_up(std::max<int64_t>(1, kFloatsAtOnce / (weight.rows() + weight.cols())), kInputs);
-  for (int64_t first = 0; first < batch; first += at_once) {
-    const int64_t last = std::min(batch, first + at_once);
-    at::Tensor part = out.slice(0, first, last);
-    fused_forward(weight, input.slice(0, first, last), bias, part);
-  }
-}
-
-/// The product of bfloat16 tensors, summed in float32.
-void bfloat16_forward(const CheckedWeight& weight, const at::Tensor& input, const at::Tensor& bias,
-                      at::Tensor& out) {
-  const at::Tensor bias_float = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
-  const cpu::BFloat16Batch batch{static_cast<const BFloat16*>(input.const_data_ptr()),
-                                 bias.defined() ? bias_float.const_data_ptr<float>() : nullptr,
-                                 static_cast<BFloat16*>(out.mutable_data_ptr()),
-                                 input.size(0),
-                                 weight.cols(),
-                                 weight.rows()};
-  const int64_t grain = std::max<int64_t>(8, kGrainWeights / weight.cols());
-  at::parallel_for(0, weight.rows(), grain, [&](int64_t begin, int64_t end) {
-    void* scratch = Scratch<Purpose::kPanels>::get(kernels().linear_bfloat16_scratch());
-    kernels().linear_bfloat16(weight.get(), batch, begin, end, scratch);
-  });
-}
-
 void fused_backward_input(const CheckedWeight& weight, const at::Tensor& grad_output,
                           at::Tensor& grad_input) {
   const at::Tensor grad_output_float = grad_output.to(at::kFloat);
@@ -148,27 +113,79 @@ void fused_backward_input(const CheckedWeight& weight, const at::Tensor& grad_ou
   if (!grad_input_float.is_same(grad_input)) grad_input.copy_(grad_input_float);
 }
 
+cpu::BFloat16Batch bfloat16_batch(const at::Tensor& input, const at::Tensor& bias,
+                                  at::Tensor& output) {
+  return {static_cast<const BFloat16*>(input.const_data_ptr()),
+          bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+          static_cast<BFloat16*>(output.mutable_data_ptr()),
+          input.size(0),
+          input.size(1),
+          output.size(1)};
+}
+
+void* bfloat16_scratch() { return Scratch<Purpose::kPanels>::get(kernels().bfloat16_scratch()); }
+
+/// Whether panels of bfloat16 are to be multiplied by the platform. It would round sums between
+/// stretches of the inner dimension: a panel must hold all of it.
+bool takes_platform_panels(int64_t batch, int64_t inner_size, int64_t min_outer_size) {
+  return prefers_platform_bfloat16(batch) &&
+         inner_size * min_outer_size <= kPanelBytes / static_cast<int64_t>(sizeof(BFloat16));
+}
+
+/// The product of bfloat16 tensors; returns whether it is done.
+bool bfloat16_forward(const CheckedWeight& weight, const at::Tensor& input, const at::Tensor& bias,
+                      at::Tensor& out) {
+  const int64_t batch = input.size(0);
+  if (batch == 1) {
+    fused_forward(weight, input, bias, out);
+    return true;
+  }
+  if (prefers_slot_products_bfloat16(weight.get(), weight.rows(), weight.cols(), batch)) {
+    for_each_float_part(weight, batch, [&](int64_t first, int64_t last) {
+      at::Tensor part = out.slice(0, first, last);
+      fused_forward(weight, input.slice(0, first, last), bias, part);
+    });
+    return true;
+  }
+  if (takes_platform_panels(batch, weight.cols(), kMinPanelRows)) return false;
+  const at::Tensor bias_float = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
+  const cpu::BFloat16Batch args = bfloat16_batch(input, bias_float, out);
+  const int64_t grain = std::max<int64_t>(8, kGrainWeights / weight.cols());
+  at::parallel_for(0, weight.rows(), grain, [&](int64_t begin, int64_t end) {
+    kernels().linear_bfloat16(weight.get(), args, begin, end, bfloat16_scratch());
+  });
+  return true;
+}
+
+bool bfloat16_backward_input(const CheckedWeight& weight, const at::Tensor& grad_output,
+                             at::Tensor& grad_input) {
+  const int64_t batch = grad_output.size(0);
+  if (prefers_slots_backward_input_bfloat16(weight.get(), weight.rows(), weight.cols(), batch)) {
+    for_each_float_part(weight, batch, [&](int64_t first, int64_t last) {
+      at::Tensor part = grad_input.slice(0, first, last);
+      fused_backward_input(weight, grad_output.slice(0, first, last), part);
+    });
+    return true;
+  }
+  if (takes_platform_panels(batch, weight.rows(), kGradPanelCols)) return false;
+  const cpu::BFloat16Batch args = bfloat16_batch(grad_output, {}, grad_input);
+  parallel_stretches(weight.cols(), share_of_thread(weight.cols()),
+                     [&](int64_t begin, int64_t end) {
+                       kernels().linear_backward_input_bfloat16(weight.get(), args, begin, end,
+                                                                bfloat16_scratch());
+                     });
+  return true;
+}
+
 }  // namespace
 
 void multiply_forward(const CheckedWeight& weight, const at::Tensor& input, const at::Tensor& bias,
                       at::Tensor& out) {
   const auto dtype = input.scalar_type();
-  const int64_t batch = input.size(0), element = element_size(dtype);
-  const int64_t panel_size = kPanelBytes / element;
+  const int64_t batch = input.size(0), panel_size = kPanelBytes / element_size(dtype);
   const bool is_bfloat16 = dtype == at::kBFloat16;
-  if (dtype == at::kFloat || (is_bfloat16 && batch == 1)) {
-    return fused_forward(weight, input, bias, out);
-  }
-  if (is_bfloat16 &&
-      prefers_slot_products_bfloat16(weight.get(), weight.rows(), weight.cols(), batch)) {
-    return fused_forward_by_parts(weight, input, bias, out);
-  }
-  // The platform's sums in bfloat16 would be rounded between stretches of columns: its panels take
-  // whole rows.
-  if (is_bfloat16 && (batch <= kSmallBatchBFloat16 || kernels().matrix_unit == nullptr ||
-                      weight.cols() > panel_size / kMinPanelRows)) {
-    return bfloat16_forward(weight, input, bias, out);
-  }
+  if (dtype == at::kFloat) return fused_forward(weight, input, bias, out);
+  if (is_bfloat16 && bfloat16_forward(weight, input, bias, out)) return;
   const int64_t cols_at_once =
       is_bfloat16 ? weight.cols() : std::min(weight.cols(), panel_size / kPanelRows);
   const int64_t rows_at_once =
@@ -190,16 +207,13 @@ void multiply_forward(const CheckedWeight& weight, const at::Tensor& input, cons
 void multiply_backward_input(const CheckedWeight& weight, const at::Tensor& grad_output,
                              at::Tensor& grad_input) {
   const auto dtype = grad_output.scalar_type();
-  const int64_t batch = grad_output.size(0);
-  const int64_t panel_size = kPanelBytes / element_size(dtype);
+  const int64_t batch = grad_output.size(0), panel_size = kPanelBytes / element_size(dtype);
   const bool is_bfloat16 = dtype == at::kBFloat16;
+  if (dtype == at::kFloat) return fused_backward_input(weight, grad_output, grad_input);
+  if (is_bfloat16 && bfloat16_backward_input(weight, grad_output, grad_input)) return;
   const int64_t cols_at_once =
-      std::min(is_bfloat16 ? kPanelCols / 8 : kPanelCols, share_of_thread(weight.cols()));
+      std::min(is_bfloat16 ? kGradPanelCols : kPanelCols, share_of_thread(weight.cols()));
   const int64_t rows_at_once = std::min(weight.rows(), panel_size / cols_at_once);
-  // As in the forward pass: in bfloat16 all rows at once, or the product is in float32.
-  if (dtype == at::kFloat || (is_bfloat16 && rows_at_once < weight.rows())) {
-    return fused_backward_input(weight, grad_output, grad_input);
-  }
   const Matrix grad_y = matrix_of(grad_output), grad_x = matrix_of(grad_input);
   parallel_stretches(weight.cols(), cols_at_once, [&](int64_t col, int64_t col_end) {
     const PanelScratch scratch = panel_scratch();
