@@ -21,6 +21,8 @@ constexpr int64_t kPanelBytes = 1 << 19;
 constexpr int64_t kPanelRows = 128;
 constexpr int64_t kMinPanelRows = 16;
 constexpr int64_t kPanelCols = 512;
+// Rows that are made at once before they are rounded: draws come for many blocks together.
+constexpr int64_t kFloatRows = 16;
 // Of the gradient to a bfloat16 input, where a panel holds all rows.
 constexpr int64_t kGradPanelCols = 64;
 // Weights that a thread should get to make before another is woken.
@@ -37,25 +39,29 @@ void write_tile(const CheckedWeight& weight, const TileBounds& tile, void* out, 
                 at::ScalarType dtype, float* float_rows) {
   if (dtype != at::kBFloat16) return kernels().reconstruct(weight.get(), tile, out, stride, {});
   auto* rounded = static_cast<BFloat16*>(out);
-  for (int64_t row = 0; row < tile.rows; ++row) {
+  for (int64_t row = 0; row < tile.rows; row += kFloatRows) {
+    const int64_t rows = std::min(kFloatRows, tile.rows - row);
     for (int64_t col = 0; col < tile.cols; col += kPanelCols) {
       const int64_t cols = std::min(kPanelCols, tile.cols - col);
-      kernels().reconstruct(weight.get(), {tile.row + row, 1, tile.col + col, cols}, float_rows,
+      kernels().reconstruct(weight.get(), {tile.row + row, rows, tile.col + col, cols}, float_rows,
                             cols, {});
-      kernels().round_to_bfloat16(float_rows, rounded + row * stride + col, cols);
+      for (int64_t i = 0; i < rows; ++i) {
+        kernels().round_to_bfloat16(float_rows + i * cols, rounded + (row + i) * stride + col,
+                                    cols);
+      }
     }
   }
 }
 
-/// The calling thread's panel, and a tile's row of floats behind it.
+/// The calling thread's panel, and some of a tile's rows in floats behind it.
 struct PanelScratch {
   void* panel;
   float* float_rows;
 };
 
 PanelScratch panel_scratch() {
-  auto* memory =
-      static_cast<char*>(Scratch<Purpose::kPanels>::get(kPanelBytes + kPanelCols * sizeof(float)));
+  auto* memory = static_cast<char*>(
+      Scratch<Purpose::kPanels>::get(kPanelBytes + kFloatRows * kPanelCols * sizeof(float)));
   return {memory, reinterpret_cast<float*>(memory + kPanelBytes)};
 }
 

@@ -30,6 +30,7 @@ enum class Way { kWeights, kSlotProducts, kBatchSlotProducts };
 /// Vector operations to multiply a vector of weights with one of many inputs. On the matrix unit
 /// they take a little less.
 double cost_of_input(int64_t batch) { return prefers_matrix_unit(batch) ? 0.85 : 1; }
+/// The same of bfloat16.
 double cost_of_bfloat16() { return 1.0 / kernels().bfloat16_products; }
 
 /// Vector operations that each way takes, checked against measurements at 4096 x 4096. A draw takes
@@ -74,16 +75,6 @@ bool prefers_slots_backward(const VirtualWeight& weight, int64_t rows, int64_t c
   const double draws = static_cast<double>(rows) * cols / block * weight.hash.num_hashes;
   return products * (inputs * num_slots * cols + draws * (14 * inputs / kInputs + 12 * inputs)) <
          static_cast<double>(rows) * cols * (per_weight + batch * unit);
-}
-
-bool prefers_slots_backward_input(const VirtualWeight& weight, int64_t rows, int64_t cols,
-                                  int64_t batch, double unit) {
-  return prefers_slots_backward(weight, rows, cols, batch, 100, 1, unit);
-}
-
-bool prefers_slots_backward_weight(const VirtualWeight& weight, int64_t rows, int64_t cols,
-                                   int64_t batch, double unit) {
-  return prefers_slots_backward(weight, rows, cols, batch, 200, 2, unit);
 }
 
 /// Inputs side by side, some blocks at a time: their slot products, or the sums behind them.
@@ -207,13 +198,14 @@ bool prefers_slot_products_bfloat16(const VirtualWeight& weight, int64_t out_fea
 
 bool prefers_slots_backward_input_bfloat16(const VirtualWeight& weight, int64_t out_features,
                                            int64_t in_features, int64_t batch) {
-  return prefers_slots_backward_input(weight, out_features, in_features, batch, cost_of_bfloat16());
+  return prefers_slots_backward(weight, out_features, in_features, batch, 20, 1,
+                                cost_of_bfloat16());
 }
 
 bool prefers_slots_backward_weight_bfloat16(const VirtualWeight& weight, int64_t out_features,
                                             int64_t in_features, int64_t batch) {
-  return prefers_slots_backward_weight(weight, out_features, in_features, batch,
-                                       cost_of_bfloat16());
+  return prefers_slots_backward(weight, out_features, in_features, batch, 50, 2,
+                                cost_of_bfloat16());
 }
 
 bool slot_products_forward(const VirtualWeight& weight, const cpu::LinearBatch& args) {
@@ -232,7 +224,7 @@ bool slot_products_forward(const VirtualWeight& weight, const cpu::LinearBatch& 
 
 bool slot_products_backward_input(const VirtualWeight& weight, const cpu::LinearBatch& args) {
   const int64_t rows = args.in_features, cols = args.out_features;
-  if (!prefers_slots_backward_input(weight, rows, cols, args.batch, cost_of_input(args.batch))) {
+  if (!prefers_slots_backward(weight, rows, cols, args.batch, 100, 1, cost_of_input(args.batch))) {
     return false;
   }
   const BatchRound round(weight, cols);
@@ -257,7 +249,7 @@ bool slot_products_backward_weight(const VirtualWeight& weight, const cpu::Linea
                                    std::vector<double>& grad_theta) {
   const int64_t rows = args.out_features, cols = args.in_features;
   // What is not finite would reach slots that no row draws.
-  if (!prefers_slots_backward_weight(weight, rows, cols, args.batch, cost_of_input(args.batch)) ||
+  if (!prefers_slots_backward(weight, rows, cols, args.batch, 200, 2, cost_of_input(args.batch)) ||
       !kernels().all_finite(args.input, args.batch * cols) ||
       !kernels().all_finite(grad_output, args.batch * rows)) {
     return false;
