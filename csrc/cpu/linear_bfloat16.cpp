@@ -59,13 +59,12 @@ constexpr int64_t elements_in(int64_t size) { return (size + kElementCols - 1) /
 constexpr int64_t kDepth = 512, kPanelRows = 128;
 // Of the gradient to the input: the inner dimension runs over the weight's rows.
 constexpr int64_t kGradDepth = 256, kGradCols = 256;
-constexpr int64_t kRowsAtOnce = kFloatLanes;
 // Not a power of two, which would map all rows of a tile to the same few cache lines.
 constexpr int64_t kInputStride = kDepth / kElementCols + 16;
 constexpr int64_t kBatchAtOnce = 64 * kTileRows;
 
 struct Panels {
-  float* rows;     // [kFloatLanes, kDepth], or [kRowsAtOnce, kGradCols]
+  float* rows;     // [kFloatLanes, kDepth], or [kFloatLanes, kGradCols]
   Element* input;  // [kTileRows, kInputStride]
   Element* panel;  // [elements, kPanelRows], or [elements, kGradCols]
   float* sums;     // [kBatchAtOnce, kPanelRows], or [kBatchAtOnce, kGradCols]
@@ -82,7 +81,7 @@ struct Panels {
   static constexpr size_t kBytes =
       (kRows + kSums) * sizeof(float) + (kInput + kPanel) * sizeof(Element);
 };
-static_assert(kRowsAtOnce * kGradCols <= Panels::kRows && kPanelRows <= kGradCols);
+static_assert(kFloatLanes * kGradCols <= Panels::kRows && kPanelRows <= kGradCols);
 static_assert(kGradDepth <= kDepth && kGradDepth * kGradCols <= kDepth * kPanelRows);
 
 /// panel[e][r]: element e of row r of the tile. What lies past the tile's rows is undefined, what
@@ -97,8 +96,9 @@ void reconstruct_transposed(const VirtualWeight& weight, const cpu::TileBounds& 
     }
     for (int64_t k = 0; k < tile.cols; k += kFloatLanes * kElementCols) {
       FloatVector square[kFloatLanes];
-      for (int i = 0; i < kFloatLanes; ++i)
+      for (int i = 0; i < kFloatLanes; ++i) {
         square[i] = elements_along(scratch.rows + i * kDepth + k);
+      }
       transpose_vectors(square);
       Element* target = scratch.panel + k / kElementCols * kPanelRows + r;
       for (int i = 0; i < kFloatLanes; ++i) store(target + i * kPanelRows, square[i]);
@@ -109,8 +109,8 @@ void reconstruct_transposed(const VirtualWeight& weight, const cpu::TileBounds& 
 /// panel[e][c]: element e of column c of the tile; the same holds.
 void reconstruct_upright(const VirtualWeight& weight, const cpu::TileBounds& tile,
                          const Panels& scratch) {
-  for (int64_t r = 0; r < tile.rows; r += kRowsAtOnce) {
-    const int64_t rows = tile.rows - r < kRowsAtOnce ? tile.rows - r : kRowsAtOnce;
+  for (int64_t r = 0; r < tile.rows; r += kFloatLanes) {
+    const int64_t rows = tile.rows - r < kFloatLanes ? tile.rows - r : kFloatLanes;
     reconstruct_kernel(weight, {tile.row + r, rows, tile.col, tile.cols}, scratch.rows, kGradCols);
     if (rows % kElementCols != 0) {
       for (int64_t c = 0; c < kGradCols; ++c) scratch.rows[rows * kGradCols + c] = 0.0f;
