@@ -83,6 +83,13 @@ ROWS = (
     ),
     Row("forward, depth 2, bfloat16", dtype=torch.bfloat16, targets={1: 1.00}),
     Row("forward, depth 1, bfloat16", depth=1, dtype=torch.bfloat16, targets={1: 1.00}),
+    Row(
+        "forward, depth 1, block 256, 1/64, bfloat16",
+        depth=1,
+        block=256,
+        compression=64,
+        dtype=torch.bfloat16,
+    ),
 )
 
 

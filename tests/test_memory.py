@@ -42,7 +42,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (128, "float32", 64, 8),
         (1, "float32", 64, 8),
         (32, "float32", 1, 8),
-        # The float32 form of the pool's gradient, and what the platform's GEMM packs.
+        # The float32 form of the pool's gradient, of each thread.
         (128, "bfloat16", 64, 12),
     ],
 )

@@ -12,6 +12,13 @@ void reconstruct_kernel(const VirtualWeight&, const cpu::TileBounds&, void* out,
 void linear_kernel(const VirtualWeight&, const cpu::LinearBatch&, int64_t row_begin,
                    int64_t row_end, float* scratch);
 size_t linear_scratch_kernel();
+void linear_bfloat16_kernel(const VirtualWeight&, const cpu::BFloat16Batch&, int64_t row_begin,
+                            int64_t row_end, void* scratch);
+void linear_backward_input_bfloat16_kernel(const VirtualWeight&, const cpu::BFloat16Batch&,
+                                           int64_t col_begin, int64_t col_end, void* scratch);
+void weight_gradient_bfloat16_kernel(const cpu::BFloat16Gradient&, const cpu::TileBounds&,
+                                     float* gradient, int64_t stride, void* scratch);
+size_t bfloat16_scratch_kernel();
 void linear_backward_input_kernel(const VirtualWeight&, const cpu::LinearBatch&, int64_t col_begin,
                                   int64_t col_end, float* scratch);
 bool has_slot_products_kernel(const VirtualWeight&);

@@ -19,11 +19,26 @@ struct TileBounds {
 };
 
 /// Operands of a product with a virtual weight; all contiguous.
-struct LinearBatch {
-  const float* input;  // [batch, in_features]
-  const float* bias;   // [out_features] or null
-  float* output;       // [batch, out_features]
+template <class T>
+struct LinearOperands {
+  const T* input;     // [batch, in_features]
+  const float* bias;  // [out_features] or null
+  T* output;          // [batch, out_features]
   int64_t batch, in_features, out_features;
+};
+using LinearBatch = LinearOperands<float>;
+using BFloat16Batch = LinearOperands<BFloat16>;
+
+/// What the gradient of a weight is the product of; contiguous.
+struct BFloat16Gradient {
+  const BFloat16* grad_output;  // [batch, out_features]
+  const BFloat16* input;        // [batch, in_features]
+  int64_t batch, out_features, in_features;
+};
+
+/// Tiles of a weight's gradient, at most.
+struct GradientTile {
+  static constexpr int64_t kRows = 64, kCols = 512;
 };
 
 /// Starts outputs [row_begin, row_end) of inputs [first, first + count) at the bias.
@@ -82,6 +97,8 @@ struct ElementGradients {
 struct Kernels {
   const char* capability;
   int lanes;
+  /// Products of bfloat16 that one instruction adds to a lane's sum; 1 where all is in float32.
+  int bfloat16_products;
 
   /// Writes the tile to `out`, row-major, `stride` elements from row to row. `meanwhile` is called
   /// once for each block of a row, or for each vector where blocks are shorter.
@@ -97,6 +114,17 @@ struct Kernels {
                                 int64_t col_end, float* scratch);
   /// Floats of scratch that either takes: a constant.
   size_t (*linear_scratch)();
+
+  /// `linear` and `linear_backward_input` of bfloat16, added up in float32.
+  void (*linear_bfloat16)(const VirtualWeight&, const BFloat16Batch&, int64_t row_begin,
+                          int64_t row_end, void* scratch);
+  void (*linear_backward_input_bfloat16)(const VirtualWeight&, const BFloat16Batch&,
+                                         int64_t col_begin, int64_t col_end, void* scratch);
+  /// Writes a tile of the weight's gradient, grad_output^T input, at most a GradientTile.
+  void (*weight_gradient_bfloat16)(const BFloat16Gradient&, const TileBounds&, float* gradient,
+                                   int64_t stride, void* scratch);
+  /// Bytes of scratch that each of them takes: a constant.
+  size_t (*bfloat16_scratch)();
 
   /// Whether outputs can be added up from slot products (see slots.cpp); in_features must be a
   /// multiple of the block.

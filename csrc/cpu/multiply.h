@@ -16,19 +16,47 @@ inline constexpr int kTileRows = 6;
 inline constexpr int kTileVectors = 2;
 inline constexpr int kTileCols = kTileVectors * kFloatLanes;
 
+/// What a lane multiplies, a stretch of the inner dimension: here one float.
+struct FloatElements {
+  using Element = float;
+  using Vector = FloatVector;
+  static constexpr int kColumns = 1;
+
+  static HFH_HOST_DEVICE Vector broadcast(Element x) { return splat<Vector>(x); }
+  static HFH_HOST_DEVICE void add_product(FloatVector& sum, Vector x, Vector y) { sum += x * y; }
+};
+
+#if defined(__AVX512BF16__)
+/// Two of bfloat16, the first in the lower half.
+struct BFloat16Elements {
+  using Element = uint32_t;
+  using Vector = UintVector;
+  static constexpr int kColumns = 2;
+
+  static HFH_HOST_DEVICE Vector broadcast(Element x) { return splat_uint<Vector>(x); }
+  static HFH_HOST_DEVICE void add_product(FloatVector& sum, Vector x, Vector y) {
+    sum = (FloatVector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+  }
+};
+#else
+using BFloat16Elements = FloatElements;
+#endif
+
 /// c[i][j] += sum_k a[i * a_stride + k] * b[k * b_stride + j] for i < kRows and j < kTileCols.
-template <int kRows, int64_t a_stride>
-HFH_HOST_DEVICE void multiply_tile(const float* a, const float* b, int64_t b_stride, int64_t depth,
-                                   float* c, int64_t c_stride) {
+template <class Elements, int kRows, int64_t a_stride>
+HFH_HOST_DEVICE void multiply_tile(const typename Elements::Element* a,
+                                   const typename Elements::Element* b, int64_t b_stride,
+                                   int64_t depth, float* c, int64_t c_stride) {
+  using Vector = typename Elements::Vector;
   FloatVector sum[kRows][kTileVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    FloatVector column[kTileVectors];
+    Vector column[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) {
-      column[v] = load<FloatVector>(b + k * b_stride + v * kFloatLanes);
+      column[v] = load<Vector>(b + k * b_stride + v * kFloatLanes);
     }
     for (int i = 0; i < kRows; ++i) {
-      const FloatVector factor = splat<FloatVector>(a[i * a_stride + k]);
-      for (int v = 0; v < kTileVectors; ++v) sum[i][v] += factor * column[v];
+      const Vector factor = Elements::broadcast(a[i * a_stride + k]);
+      for (int v = 0; v < kTileVectors; ++v) Elements::add_product(sum[i][v], factor, column[v]);
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -40,33 +68,37 @@ HFH_HOST_DEVICE void multiply_tile(const float* a, const float* b, int64_t b_str
 }
 
 /// The same for a number of rows known at run time, at most kTileRows.
-template <int64_t a_stride, int kRows = kTileRows>
-HFH_HOST_DEVICE void multiply_ragged_tile(int64_t rows, const float* a, const float* b,
-                                          int64_t b_stride, int64_t depth, float* c,
-                                          int64_t c_stride) {
+template <class Elements, int64_t a_stride, int kRows = kTileRows>
+HFH_HOST_DEVICE void multiply_ragged_tile(int64_t rows, const typename Elements::Element* a,
+                                          const typename Elements::Element* b, int64_t b_stride,
+                                          int64_t depth, float* c, int64_t c_stride) {
   if constexpr (kRows > 0) {
-    if (rows == kRows) return multiply_tile<kRows, a_stride>(a, b, b_stride, depth, c, c_stride);
-    multiply_ragged_tile<a_stride, kRows - 1>(rows, a, b, b_stride, depth, c, c_stride);
+    if (rows == kRows) {
+      return multiply_tile<Elements, kRows, a_stride>(a, b, b_stride, depth, c, c_stride);
+    }
+    multiply_ragged_tile<Elements, a_stride, kRows - 1>(rows, a, b, b_stride, depth, c, c_stride);
   }
 }
 
 /// c[rows, cols] += a[rows, depth] b[depth, cols]. Rows of b are readable up to a multiple of
 /// kTileCols; c is touched nowhere outside.
-template <int64_t a_stride>
-void multiply_add(int64_t rows, int64_t cols, int64_t depth, const float* a, const float* b,
-                  int64_t b_stride, float* c, int64_t c_stride) {
+template <int64_t a_stride, class Elements = FloatElements>
+void multiply_add(int64_t rows, int64_t cols, int64_t depth, const typename Elements::Element* a,
+                  const typename Elements::Element* b, int64_t b_stride, float* c,
+                  int64_t c_stride) {
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t tile_rows = rows - row < kTileRows ? rows - row : kTileRows;
-    const float* a_tile = a + row * a_stride;
+    const auto* a_tile = a + row * a_stride;
     for (int64_t col = 0; col < cols; col += kTileCols) {
       float* c_tile = c + row * c_stride + col;
       if (cols - col >= kTileCols) {
-        multiply_ragged_tile<a_stride>(tile_rows, a_tile, b + col, b_stride, depth, c_tile,
-                                       c_stride);
+        multiply_ragged_tile<Elements, a_stride>(tile_rows, a_tile, b + col, b_stride, depth,
+                                                 c_tile, c_stride);
         continue;
       }
       float whole[kTileRows * kTileCols] = {};
-      multiply_ragged_tile<a_stride>(tile_rows, a_tile, b + col, b_stride, depth, whole, kTileCols);
+      multiply_ragged_tile<Elements, a_stride>(tile_rows, a_tile, b + col, b_stride, depth, whole,
+                                               kTileCols);
       for (int64_t i = 0; i < tile_rows; ++i) {
         for (int64_t j = 0; j < cols - col; ++j)
           c_tile[i * c_stride + j] += whole[i * kTileCols + j];
@@ -96,11 +128,8 @@ HFH_HOST_DEVICE FloatVector interleave(FloatVector a, FloatVector b) {
 #undef HFH_INTERLEAVED
 }
 
-/// target[j * target_stride + i] = source[i * source_stride + j] for i, j < kFloatLanes.
-HFH_HOST_DEVICE void transpose_square(const float* source, int64_t source_stride, float* target,
-                                      int64_t target_stride) {
-  FloatVector rows[kFloatLanes];
-  for (int i = 0; i < kFloatLanes; ++i) rows[i] = load<FloatVector>(source + i * source_stride);
+/// Element j of vector i becomes element i of vector j.
+HFH_HOST_DEVICE void transpose_vectors(FloatVector (&rows)[kFloatLanes]) {
   // Interleaving the halves of the list log2(n) times transposes it.
   for (int step = 1; step < kFloatLanes; step *= 2) {
     FloatVector next[kFloatLanes];
@@ -110,6 +139,14 @@ HFH_HOST_DEVICE void transpose_square(const float* source, int64_t source_stride
     }
     for (int i = 0; i < kFloatLanes; ++i) rows[i] = next[i];
   }
+}
+
+/// target[j * target_stride + i] = source[i * source_stride + j] for i, j < kFloatLanes.
+HFH_HOST_DEVICE void transpose_square(const float* source, int64_t source_stride, float* target,
+                                      int64_t target_stride) {
+  FloatVector rows[kFloatLanes];
+  for (int i = 0; i < kFloatLanes; ++i) rows[i] = load<FloatVector>(source + i * source_stride);
+  transpose_vectors(rows);
   for (int j = 0; j < kFloatLanes; ++j) store(target + j * target_stride, rows[j]);
 }
 

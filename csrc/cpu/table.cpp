@@ -1,5 +1,5 @@
 #include "cpu/declarations.h"
-#include "cpu/lanes.h"
+#include "cpu/multiply.h"
 
 namespace hfh::cpu {
 
@@ -13,10 +13,15 @@ const Kernels& HFH_JOIN(kernels_, HFH_CAPABILITY)() {
   static constexpr Kernels table{
       HFH_STRINGIZE(HFH_CAPABILITY),
       kFloatLanes,
+      BFloat16Elements::kColumns,
       reconstruct_kernel,
       linear_kernel,
       linear_backward_input_kernel,
       linear_scratch_kernel,
+      linear_bfloat16_kernel,
+      linear_backward_input_bfloat16_kernel,
+      weight_gradient_bfloat16_kernel,
+      bfloat16_scratch_kernel,
       has_slot_products_kernel,
       slot_products_kernel,
       slot_products_scratch_kernel,

@@ -18,6 +18,8 @@ using Side = MatrixUnit::Side;
 
 // Fewer inputs leave most of the unit idle. Measured: at 32 both ways take the same time.
 constexpr int64_t kMinBatch = 33;
+// Smaller bfloat16 batches do not make up for the panels' way through memory.
+constexpr int64_t kMinPlatformBatch = 65;
 // The packed batch, which all threads read and which stays in a second-level cache beside a panel.
 constexpr int64_t kBatchAtOnce = MatrixUnitGradient::kMaxBatch;
 constexpr size_t kPackedBatchBytes = 3 << 19;
@@ -127,6 +129,10 @@ char* packed_batch(size_t bytes) {
 
 bool prefers_matrix_unit(int64_t batch) {
   return batch >= kMinBatch && kernels().matrix_unit != nullptr;
+}
+
+bool prefers_platform_bfloat16(int64_t batch) {
+  return batch >= kMinPlatformBatch && kernels().matrix_unit != nullptr;
 }
 
 bool matrix_unit_forward(const VirtualWeight& weight, const LinearBatch& args) {

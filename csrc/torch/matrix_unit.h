@@ -11,6 +11,9 @@ namespace hfh::torch_ops {
 
 bool prefers_matrix_unit(int64_t batch);
 
+/// Whether bfloat16 products are left to the platform's GEMM, which multiplies them on the unit.
+bool prefers_platform_bfloat16(int64_t batch);
+
 /// output = input V^T + bias
 bool matrix_unit_forward(const VirtualWeight& weight, const cpu::LinearBatch& args);
 

@@ -16,15 +16,15 @@ namespace {
 using cpu::kernels;
 using cpu::TileBounds;
 
-// bfloat16 batches up to this are multiplied in float32 as the weights are made; larger ones go
-// through the platform's GEMM, whose matrix units make up for the panels' way through memory.
-constexpr int64_t kSmallBatchBFloat16 = 4;
-
 // A panel for the platform's GEMM fills about a quarter of a second-level cache.
 constexpr int64_t kPanelBytes = 1 << 19;
 constexpr int64_t kPanelRows = 128;
 constexpr int64_t kMinPanelRows = 16;
 constexpr int64_t kPanelCols = 512;
+// Rows that are made at once before they are rounded: draws come for many blocks together.
+constexpr int64_t kFloatRows = 16;
+// Of the gradient to a bfloat16 input, where a panel holds all rows.
+constexpr int64_t kGradPanelCols = 64;
 // Weights that a thread should get to make before another is woken.
 constexpr int64_t kGrainWeights = 1 << 14;
 
@@ -39,25 +39,29 @@ void write_tile(const CheckedWeight& weight, const TileBounds& tile, void* out, 
                 at::ScalarType dtype, float* float_rows) {
   if (dtype != at::kBFloat16) return kernels().reconstruct(weight.get(), tile, out, stride, {});
   auto* rounded = static_cast<BFloat16*>(out);
-  for (int64_t row = 0; row < tile.rows; ++row) {
+  for (int64_t row = 0; row < tile.rows; row += kFloatRows) {
+    const int64_t rows = std::min(kFloatRows, tile.rows - row);
     for (int64_t col = 0; col < tile.cols; col += kPanelCols) {
       const int64_t cols = std::min(kPanelCols, tile.cols - col);
-      kernels().reconstruct(weight.get(), {tile.row + row, 1, tile.col + col, cols}, float_rows,
+      kernels().reconstruct(weight.get(), {tile.row + row, rows, tile.col + col, cols}, float_rows,
                             cols, {});
-      kernels().round_to_bfloat16(float_rows, rounded + row * stride + col, cols);
+      for (int64_t i = 0; i < rows; ++i) {
+        kernels().round_to_bfloat16(float_rows + i * cols, rounded + (row + i) * stride + col,
+                                    cols);
+      }
     }
   }
 }
 
-/// The calling thread's panel, and a tile's row of floats behind it.
+/// The calling thread's panel, and some of a tile's rows in floats behind it.
 struct PanelScratch {
   void* panel;
   float* float_rows;
 };
 
 PanelScratch panel_scratch() {
-  auto* memory =
-      static_cast<char*>(Scratch<Purpose::kPanels>::get(kPanelBytes + kPanelCols * sizeof(float)));
+  auto* memory = static_cast<char*>(
+      Scratch<Purpose::kPanels>::get(kPanelBytes + kFloatRows * kPanelCols * sizeof(float)));
   return {memory, reinterpret_cast<float*>(memory + kPanelBytes)};
 }
 
@@ -115,20 +119,79 @@ void fused_backward_input(const CheckedWeight& weight, const at::Tensor& grad_ou
   if (!grad_input_float.is_same(grad_input)) grad_input.copy_(grad_input_float);
 }
 
+cpu::BFloat16Batch bfloat16_batch(const at::Tensor& input, const at::Tensor& bias,
+                                  at::Tensor& output) {
+  return {static_cast<const BFloat16*>(input.const_data_ptr()),
+          bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+          static_cast<BFloat16*>(output.mutable_data_ptr()),
+          input.size(0),
+          input.size(1),
+          output.size(1)};
+}
+
+void* bfloat16_scratch() { return Scratch<Purpose::kPanels>::get(kernels().bfloat16_scratch()); }
+
+/// Whether panels of bfloat16 are to be multiplied by the platform. It would round sums between
+/// stretches of the inner dimension: a panel must hold all of it.
+bool takes_platform_panels(int64_t batch, int64_t inner_size, int64_t min_outer_size) {
+  return prefers_platform_bfloat16(batch) &&
+         inner_size * min_outer_size <= kPanelBytes / static_cast<int64_t>(sizeof(BFloat16));
+}
+
+/// The product of bfloat16 tensors; returns whether it is done.
+bool bfloat16_forward(const CheckedWeight& weight, const at::Tensor& input, const at::Tensor& bias,
+                      at::Tensor& out) {
+  const int64_t batch = input.size(0);
+  if (batch == 1) {
+    fused_forward(weight, input, bias, out);
+    return true;
+  }
+  if (prefers_slot_products_bfloat16(weight.get(), weight.rows(), weight.cols(), batch)) {
+    for_each_float_part(weight, batch, [&](int64_t first, int64_t last) {
+      at::Tensor part = out.slice(0, first, last);
+      fused_forward(weight, input.slice(0, first, last), bias, part);
+    });
+    return true;
+  }
+  if (takes_platform_panels(batch, weight.cols(), kMinPanelRows)) return false;
+  const at::Tensor bias_float = bias.defined() ? bias.to(at::kFloat).contiguous() : bias;
+  const cpu::BFloat16Batch args = bfloat16_batch(input, bias_float, out);
+  const int64_t grain = std::max<int64_t>(8, kGrainWeights / weight.cols());
+  at::parallel_for(0, weight.rows(), grain, [&](int64_t begin, int64_t end) {
+    kernels().linear_bfloat16(weight.get(), args, begin, end, bfloat16_scratch());
+  });
+  return true;
+}
+
+bool bfloat16_backward_input(const CheckedWeight& weight, const at::Tensor& grad_output,
+                             at::Tensor& grad_input) {
+  const int64_t batch = grad_output.size(0);
+  if (prefers_slots_backward_input_bfloat16(weight.get(), weight.rows(), weight.cols(), batch)) {
+    for_each_float_part(weight, batch, [&](int64_t first, int64_t last) {
+      at::Tensor part = grad_input.slice(0, first, last);
+      fused_backward_input(weight, grad_output.slice(0, first, last), part);
+    });
+    return true;
+  }
+  if (takes_platform_panels(batch, weight.rows(), kGradPanelCols)) return false;
+  const cpu::BFloat16Batch args = bfloat16_batch(grad_output, {}, grad_input);
+  parallel_stretches(weight.cols(), share_of_thread(weight.cols()),
+                     [&](int64_t begin, int64_t end) {
+                       kernels().linear_backward_input_bfloat16(weight.get(), args, begin, end,
+                                                                bfloat16_scratch());
+                     });
+  return true;
+}
+
 }  // namespace
 
 void multiply_forward(const CheckedWeight& weight, const at::Tensor& input, const at::Tensor& bias,
                       at::Tensor& out) {
   const auto dtype = input.scalar_type();
-  const int64_t batch = input.size(0), element = element_size(dtype);
-  const int64_t panel_size = kPanelBytes / element;
-  // Sums in bfloat16 would be rounded between stretches of columns: panels take whole rows, or the
-  // product is in float32.
+  const int64_t batch = input.size(0), panel_size = kPanelBytes / element_size(dtype);
   const bool is_bfloat16 = dtype == at::kBFloat16;
-  if (dtype == at::kFloat || (is_bfloat16 && (batch <= kSmallBatchBFloat16 ||
-                                              weight.cols() > panel_size / kMinPanelRows))) {
-    return fused_forward(weight, input, bias, out);
-  }
+  if (dtype == at::kFloat) return fused_forward(weight, input, bias, out);
+  if (is_bfloat16 && bfloat16_forward(weight, input, bias, out)) return;
   const int64_t cols_at_once =
       is_bfloat16 ? weight.cols() : std::min(weight.cols(), panel_size / kPanelRows);
   const int64_t rows_at_once =
@@ -150,16 +213,13 @@ void multiply_forward(const CheckedWeight& weight, const at::Tensor& input, cons
 void multiply_backward_input(const CheckedWeight& weight, const at::Tensor& grad_output,
                              at::Tensor& grad_input) {
   const auto dtype = grad_output.scalar_type();
-  const int64_t batch = grad_output.size(0);
-  const int64_t panel_size = kPanelBytes / element_size(dtype);
+  const int64_t batch = grad_output.size(0), panel_size = kPanelBytes / element_size(dtype);
   const bool is_bfloat16 = dtype == at::kBFloat16;
+  if (dtype == at::kFloat) return fused_backward_input(weight, grad_output, grad_input);
+  if (is_bfloat16 && bfloat16_backward_input(weight, grad_output, grad_input)) return;
   const int64_t cols_at_once =
-      std::min(is_bfloat16 ? kPanelCols / 8 : kPanelCols, share_of_thread(weight.cols()));
+      std::min(is_bfloat16 ? kGradPanelCols : kPanelCols, share_of_thread(weight.cols()));
   const int64_t rows_at_once = std::min(weight.rows(), panel_size / cols_at_once);
-  // As in the forward pass: in bfloat16 all rows at once, or the product is in float32.
-  if (dtype == at::kFloat || (is_bfloat16 && rows_at_once < weight.rows())) {
-    return fused_backward_input(weight, grad_output, grad_input);
-  }
   const Matrix grad_y = matrix_of(grad_output), grad_x = matrix_of(grad_input);
   parallel_stretches(weight.cols(), cols_at_once, [&](int64_t col, int64_t col_end) {
     const PanelScratch scratch = panel_scratch();

@@ -113,10 +113,7 @@ void add_by_rounds(const CheckedWeight& weight, Tiles& tiles, int64_t threads,
 template <class Tiles>
 void add_pool_gradient(const CheckedWeight& weight, Tiles& tiles, WeightGradients& result) {
   const int64_t threads = std::clamp<int64_t>(tiles.count(), 1, at::get_num_threads());
-  // What is held beyond the gradient that the caller gets: of a bfloat16 pool, the first one too.
-  const int64_t extra = threads - (weight.get().pool_dtype == DType::kBFloat16 ? 0 : 1);
-  if (threads == 1 ||
-      extra * static_cast<int64_t>(result.pool.nbytes()) <= (threads - 1) * kReplicaBytes) {
+  if (threads == 1 || static_cast<int64_t>(result.pool.nbytes()) <= kReplicaBytes) {
     add_by_replicas(weight, tiles, threads, result);
   } else {
     tiles.list_contributions();

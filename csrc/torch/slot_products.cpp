@@ -27,28 +27,31 @@ constexpr int64_t kInputs = cpu::BatchSlotProducts::kInputs;
 /// How a product is best computed.
 enum class Way { kWeights, kSlotProducts, kBatchSlotProducts };
 
-/// Vector operations to multiply a vector of weights with one of many inputs.
+/// Vector operations to multiply a vector of weights with one of many inputs. On the matrix unit
+/// they take a little less.
 double cost_of_input(int64_t batch) { return prefers_matrix_unit(batch) ? 0.85 : 1; }
+/// The same of bfloat16.
+double cost_of_bfloat16() { return 1.0 / kernels().bfloat16_products; }
 
 /// Vector operations that each way takes, checked against measurements at 4096 x 4096. A draw takes
 /// about 14 for a vector of rows, a gathered product 30; inputs side by side take 12 to add one. A
-/// weight takes about 5 and one for each hash and input, and 8 more to turn it round for several
-/// inputs; on the matrix unit inputs take a little less.
-Way fastest_way(const VirtualWeight& weight, const cpu::LinearBatch& args) {
-  if (args.in_features % weight.hash.block() != 0 || !kernels().has_slot_products(weight)) {
+/// weight takes about 5 and one for each hash, `unit` for each input, and 8 more to turn it round
+/// for several inputs.
+Way fastest_way(const VirtualWeight& weight, int64_t out_features, int64_t in_features,
+                int64_t num_inputs, double unit) {
+  if (in_features % weight.hash.block() != 0 || !kernels().has_slot_products(weight)) {
     return Way::kWeights;
   }
   const double block = weight.hash.block(), hashes = weight.hash.num_hashes;
-  const double rows = args.out_features, cols = args.in_features;
-  const double batch = args.batch, unit = cost_of_input(args.batch);
+  const double rows = out_features, cols = in_features, batch = num_inputs;
   const double products = weight.hash.num_slots * cols, draws = rows * cols / block * hashes;
   const double weights = rows * cols * (5 + hashes + batch * unit + (batch > 1 ? 8 : 0));
   constexpr double kNever = std::numeric_limits<double>::infinity();
   const double one_by_one =
-      args.batch <= kMaxSlotProductBatch && args.batch * weight.hash.num_slots <= kSlotProducts
+      num_inputs <= kMaxSlotProductBatch && num_inputs * weight.hash.num_slots <= kSlotProducts
           ? batch * products + draws * (14 + 30 * batch)
           : kNever;
-  const double inputs = round_up(args.batch, cpu::BatchSlotProducts::kInputs);
+  const double inputs = round_up(num_inputs, cpu::BatchSlotProducts::kInputs);
   const double rounds = inputs / cpu::BatchSlotProducts::kInputs;
   const double side_by_side =
       weight.hash.num_slots <= kSlotProducts / cpu::BatchSlotProducts::kInputs
@@ -59,15 +62,16 @@ Way fastest_way(const VirtualWeight& weight, const cpu::LinearBatch& args) {
 }
 
 /// Whether the gradients are best taken through the products of inputs side by side; `per_weight`
-/// is what the gradient of a weight takes beside the batch, `products` how often all are needed.
+/// is what the gradient of a weight takes beside the batch, which takes `unit` an input; `products`
+/// how often all are needed.
 bool prefers_slots_backward(const VirtualWeight& weight, int64_t rows, int64_t cols, int64_t batch,
-                            double per_weight, double products) {
+                            double per_weight, double products, double unit) {
   const double num_slots = weight.hash.num_slots, block = weight.hash.block();
   if (cols % weight.hash.block() != 0 || !kernels().has_slot_products(weight) ||
       num_slots * kInputs > kSlotProducts) {
     return false;
   }
-  const double inputs = round_up(batch, kInputs), unit = cost_of_input(batch);
+  const double inputs = round_up(batch, kInputs);
   const double draws = static_cast<double>(rows) * cols / block * weight.hash.num_hashes;
   return products * (inputs * num_slots * cols + draws * (14 * inputs / kInputs + 12 * inputs)) <
          static_cast<double>(rows) * cols * (per_weight + batch * unit);
@@ -187,8 +191,26 @@ void forward_by_slot_products(const VirtualWeight& weight, const cpu::LinearBatc
 
 }  // namespace
 
+bool prefers_slot_products_bfloat16(const VirtualWeight& weight, int64_t out_features,
+                                    int64_t in_features, int64_t batch) {
+  return fastest_way(weight, out_features, in_features, batch, cost_of_bfloat16()) != Way::kWeights;
+}
+
+bool prefers_slots_backward_input_bfloat16(const VirtualWeight& weight, int64_t out_features,
+                                           int64_t in_features, int64_t batch) {
+  return prefers_slots_backward(weight, out_features, in_features, batch, 20, 1,
+                                cost_of_bfloat16());
+}
+
+bool prefers_slots_backward_weight_bfloat16(const VirtualWeight& weight, int64_t out_features,
+                                            int64_t in_features, int64_t batch) {
+  return prefers_slots_backward(weight, out_features, in_features, batch, 50, 2,
+                                cost_of_bfloat16());
+}
+
 bool slot_products_forward(const VirtualWeight& weight, const cpu::LinearBatch& args) {
-  switch (fastest_way(weight, args)) {
+  switch (fastest_way(weight, args.out_features, args.in_features, args.batch,
+                      cost_of_input(args.batch))) {
     case Way::kSlotProducts:
       forward_by_slot_products(weight, args);
       return true;
@@ -202,7 +224,9 @@ bool slot_products_forward(const VirtualWeight& weight, const cpu::LinearBatch& 
 
 bool slot_products_backward_input(const VirtualWeight& weight, const cpu::LinearBatch& args) {
   const int64_t rows = args.in_features, cols = args.out_features;
-  if (!prefers_slots_backward(weight, rows, cols, args.batch, 100, 1)) return false;
+  if (!prefers_slots_backward(weight, rows, cols, args.batch, 100, 1, cost_of_input(args.batch))) {
+    return false;
+  }
   const BatchRound round(weight, cols);
   float* values = slot_scratch(round.num_values() + TurnedGradients::size(rows));
   for (int64_t m = 0; m < args.batch; m += kInputs) {
@@ -225,7 +249,7 @@ bool slot_products_backward_weight(const VirtualWeight& weight, const cpu::Linea
                                    std::vector<double>& grad_theta) {
   const int64_t rows = args.out_features, cols = args.in_features;
   // What is not finite would reach slots that no row draws.
-  if (!prefers_slots_backward(weight, rows, cols, args.batch, 200, 2) ||
+  if (!prefers_slots_backward(weight, rows, cols, args.batch, 200, 2, cost_of_input(args.batch)) ||
       !kernels().all_finite(args.input, args.batch * cols) ||
       !kernels().all_finite(grad_output, args.batch * rows)) {
     return false;

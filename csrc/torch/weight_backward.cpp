@@ -19,7 +19,7 @@ using cpu::kernels;
 using cpu::TileBounds;
 
 // Tiles of the weight's gradient; where they list what they add to the pool, the list's bound.
-constexpr int64_t kTileCols = 512, kTileRows = 64;
+constexpr int64_t kTileCols = cpu::GradientTile::kCols, kTileRows = cpu::GradientTile::kRows;
 constexpr int64_t kContributionBytes = 5 << 17;
 
 DType kernel_dtype(at::ScalarType dtype) {
@@ -69,6 +69,30 @@ class ProductGradient {
 
  private:
   Matrix grad_output_, input_;
+};
+
+/// grad_output^T input of bfloat16, in float32.
+class BFloat16Product {
+ public:
+  BFloat16Product(const at::Tensor& grad_output, const at::Tensor& input)
+      : args_{static_cast<const BFloat16*>(grad_output.const_data_ptr()),
+              static_cast<const BFloat16*>(input.const_data_ptr()), input.size(0),
+              grad_output.size(1), input.size(1)} {}
+
+  at::ScalarType dtype() const { return at::kFloat; }
+  int64_t tile_cols() const { return kTileCols; }
+  bool is_product() const { return true; }
+  void select_columns(int64_t, int64_t) {}
+  Matrix tile(const TileBounds& tile, at::Tensor& storage) {
+    const Matrix product = matrix_of(storage).slice(0, tile.rows, 0, tile.cols);
+    kernels().weight_gradient_bfloat16(
+        args_, tile, static_cast<float*>(product.data), product.row_stride,
+        Scratch<Purpose::kPanels>::get(kernels().bfloat16_scratch()));
+    return product;
+  }
+
+ private:
+  cpu::BFloat16Gradient args_;
 };
 
 /// grad_output^T input, on the matrix unit.
@@ -265,13 +289,26 @@ void add_weight_backward(const CheckedWeight& weight, const at::Tensor& grad_out
       return;
     }
   }
-  if (input.scalar_type() != at::kFloat || !prefers_matrix_unit(input.size(0))) {
+  const int64_t batch = input.size(0);
+  const bool is_bfloat16 = input.scalar_type() == at::kBFloat16;
+  if (is_bfloat16 &&
+      prefers_slots_backward_weight_bfloat16(weight.get(), weight.rows(), weight.cols(), batch)) {
+    return for_each_float_part(weight, batch, [&](int64_t begin, int64_t end) {
+      add_weight_backward(weight, grad_output.slice(0, begin, end).to(at::kFloat),
+                          input.slice(0, begin, end).to(at::kFloat), sum);
+    });
+  }
+  if (is_bfloat16 && !prefers_platform_bfloat16(batch)) {
+    BFloat16Product source(grad_output, input);
+    return add_backward(weight, source, sum);
+  }
+  if (input.scalar_type() != at::kFloat || !prefers_matrix_unit(batch)) {
     ProductGradient source(grad_output, input);
     return add_backward(weight, source, sum);
   }
-  for (int64_t m = 0; m < input.size(0); m += MatrixUnitGradient::kMaxBatch) {
-    const int64_t batch = std::min(MatrixUnitGradient::kMaxBatch, input.size(0) - m);
-    MatrixUnitProduct source(grad_output.narrow(0, m, batch), input.narrow(0, m, batch));
+  for (int64_t m = 0; m < batch; m += MatrixUnitGradient::kMaxBatch) {
+    const int64_t count = std::min(MatrixUnitGradient::kMaxBatch, batch - m);
+    MatrixUnitProduct source(grad_output.narrow(0, m, count), input.narrow(0, m, count));
     add_backward(weight, source, sum);
   }
 }
