@@ -84,8 +84,9 @@ Pixels pixels_of(const Patches& patches, const float* image, int64_t channels, i
   if (patches.channel_step == 1) return in_place;
   const int64_t top = begin / width.positions, bottom = (end - 1) / width.positions;
   const Reach rows(height, top, bottom);
-  const Reach cols = top == bottom ? Reach(width, begin % width.positions, (end - 1) % width.positions)
-                                   : Reach(width, 0, width.positions - 1);
+  const Reach cols = top == bottom
+                         ? Reach(width, begin % width.positions, (end - 1) % width.positions)
+                         : Reach(width, 0, width.positions - 1);
   if (rows.size() * cols.size() * channels > PackedProduct::kPixelFloats) return in_place;
   const float* first = image + rows.begin * height.step + cols.begin * width.step;
   if (height.step == cols.size() * width.step) {
@@ -196,17 +197,17 @@ void pack_weight_channels(const VirtualWeight& weight, const WeightPart& part, f
     const int64_t cols = std::min(cols_at_once, part.cols - first);
     for (int64_t channel = 0; channel < part.channels; channel += kRows) {
       const int64_t rows = std::min(kRows, part.channels - channel);
-      reconstruct_kernel(
-          weight, {part.channel + channel, rows, (part.col + first) * taps, cols * taps}, scratch,
-          stride);
+      reconstruct_kernel(weight,
+                         {part.channel + channel, rows, (part.col + first) * taps, cols * taps},
+                         scratch, stride);
       for (int64_t row = 0; row < rows; ++row) {
         const float* source = scratch + row * stride;
         for (int64_t col = 0; col < cols; col += kTileCols) {
           const int64_t count = std::min<int64_t>(kTileCols, cols - col);
           for (int64_t tap = 0; tap < taps; ++tap) {
             float* target =
-                packed + right_place(depth, (taps - 1 - tap) * part.channels + channel + row,
-                                     first + col);
+                packed +
+                right_place(depth, (taps - 1 - tap) * part.channels + channel + row, first + col);
             const float* from = source + col * taps + tap;
             if (taps == 1) {
               copy(from, count, target);

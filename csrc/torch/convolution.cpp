@@ -147,14 +147,9 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& pool, const at::Ten
       matrix_unit_forward(convolution, whole, dense_images(input), bias_tensor, output)) {
     return output;
   }
-  if (prefers_packed(convolution, input.scalar_type())) {
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t row = group * convolution.group_rows(), rows = convolution.group_rows();
-      packed_product(source.part(row, 0, rows, convolution.cols()), false,
-                     convolution.patches(input, group),
-                     bias_tensor.defined() ? bias_tensor.narrow(0, row, rows) : bias_tensor,
-                     convolution.pixels(output, group));
-    }
+  if (prefers_packed_product(convolution, input.scalar_type())) {
+    packed_product(whole, false, convolution.patches(input, 0), bias_tensor,
+                   convolution.pixels(output, 0));
     return output;
   }
   if (prefers_platform(convolution, input.scalar_type())) {
@@ -185,13 +180,9 @@ at::Tensor conv2d_backward_input(const at::Tensor& grad_output, const at::Tensor
       matrix_unit_backward_input(convolution, whole, dense_images(grad_output), grad_input)) {
     return grad_input;
   }
-  if (prefers_packed(convolution, grad_output.scalar_type()) && stride[0] == 1 && stride[1] == 1) {
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t rows = convolution.group_rows();
-      packed_product(source.part(group * rows, 0, rows, convolution.cols()), true,
-                     convolution.grad_patches(grad_output, group), {},
-                     convolution.input_pixels(grad_input, group));
-    }
+  if (prefers_packed_input_gradient(convolution, grad_output.scalar_type())) {
+    packed_product(whole, true, convolution.grad_patches(grad_output), {},
+                   convolution.input_pixels(grad_input));
     return grad_input;
   }
   if (prefers_platform(convolution, grad_output.scalar_type())) {
@@ -235,12 +226,9 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward_weight(
     return results();
   }
   if (tries_unit) gradients = zero_gradients(whole);
-  if (prefers_packed(convolution, input.scalar_type())) {
-    for (int64_t group = 0; group < groups; ++group) {
-      add_packed_backward_weight(source, group * convolution.group_rows(),
-                                 convolution.pixels(grad_output, group),
-                                 convolution.patches(input, group), gradients);
-    }
+  if (prefers_packed_weight_gradient(convolution, input.scalar_type())) {
+    add_packed_backward_weight(source, convolution.pixels(grad_output, 0),
+                               convolution.patches(input, 0), gradients);
   } else if (prefers_platform(convolution, input.scalar_type())) {
     add_platform_backward_weight(convolution, source, grad_output, input, gradients);
   } else {

@@ -26,6 +26,20 @@ constexpr int64_t kColsAtOnce = 128;
 constexpr int64_t kPanelBytes = 4 << 20;
 constexpr int64_t kPanelCols = 512;
 
+// To pack a vector of patches takes as long as 11 vectors of a product, and it serves one for each
+// channel of the target, or for each row of the weight's gradient. Measured against the platform's
+// convolution and GEMM, which pack too or do without: level at these numbers.
+constexpr int64_t kMinChannels = 32, kMinRows = 128;
+
+/// Groups have too few channels each.
+bool can_pack(const Convolution& convolution, at::ScalarType dtype) {
+  const int64_t taps = convolution.kernel_size[0] * convolution.kernel_size[1];
+  const int64_t channels = std::max(convolution.input_size[1], convolution.out_channels);
+  return dtype == at::kFloat && kernels().matrix_unit == nullptr && convolution.groups == 1 &&
+         taps <= PackedProduct::kMaxTaps &&
+         channels * taps * kCols * static_cast<int64_t>(sizeof(float)) <= kPanelBytes;
+}
+
 template <Purpose purpose>
 float* float_scratch(int64_t count) {
   return static_cast<float*>(Scratch<purpose>::get(count * sizeof(float)));
@@ -50,8 +64,8 @@ class GroupedRows {
     int64_t row = 0;
     for (size_t i = 0; i < kinds.size(); ++i) {
       ranges_[i] = ranges_of(patches, kinds[i]);
-      groups_.push_back({row, kinds[i].rows, ranges_[i].data(),
-                         static_cast<int64_t>(ranges_[i].size())});
+      groups_.push_back(
+          {row, kinds[i].rows, ranges_[i].data(), static_cast<int64_t>(ranges_[i].size())});
       row += std::exchange(kinds[i].rows, row);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -155,7 +169,7 @@ class PackedPass {
     for (int64_t col = 0; col < cols; col += at_once) {
       const Stretch part{col, std::min(at_once, cols - col)};
       pack_panel(part, panel);
-      at::parallel_for(0, rows, kMinRows, [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, rows, kGrainRows, [&](int64_t begin, int64_t end) {
         const int64_t blocks = ceil_divide(end - begin, kRowsAtOnce);
         for (int64_t i = 0; i < blocks; ++i) {
           const int64_t first = begin + i * (end - begin) / blocks;
@@ -167,7 +181,7 @@ class PackedPass {
 
  private:
   // Rows that a thread should get before another is woken.
-  static constexpr int64_t kMinRows = 12;
+  static constexpr int64_t kGrainRows = 12;
 
   struct Stretch {
     int64_t first, count;
@@ -193,8 +207,7 @@ class PackedPass {
         const Stretch channels = slice(i / col_parts);
         const int64_t col = i % col_parts * kCols;
         kernels().pack_weight(
-            weight_,
-            weight_part(channels, cols.first + col, std::min(kCols, cols.count - col)),
+            weight_, weight_part(channels, cols.first + col, std::min(kCols, cols.count - col)),
             panel + place_of(channels, cols.count) +
                 PackedProduct::right_floats(channels.count * patches_.taps(), col),
             scratch);
@@ -266,15 +279,18 @@ class PackedPass {
 
 }  // namespace
 
-bool prefers_packed(const Convolution& convolution, at::ScalarType dtype) {
-  static const bool off = getenv("HFH_NO_PACKED") != nullptr;
-  if (off) return false;
-  const int64_t taps = convolution.kernel_size[0] * convolution.kernel_size[1];
-  const int64_t panel_cols = std::max(convolution.cols(), convolution.group_rows() * taps);
-  return dtype == at::kFloat && kernels().matrix_unit == nullptr &&
-         taps <= PackedProduct::kMaxTaps &&
-         panel_cols * kCols * static_cast<int64_t>(sizeof(float)) <= kPanelBytes &&
-         std::min(convolution.group_channels(), convolution.group_rows()) >= 16;
+bool prefers_packed_product(const Convolution& convolution, at::ScalarType dtype) {
+  return can_pack(convolution, dtype) &&
+         std::min(convolution.input_size[1], convolution.out_channels) >= kMinChannels;
+}
+
+bool prefers_packed_input_gradient(const Convolution& convolution, at::ScalarType dtype) {
+  return convolution.stride == std::array<int64_t, 2>{1, 1} &&
+         prefers_packed_product(convolution, dtype);
+}
+
+bool prefers_packed_weight_gradient(const Convolution& convolution, at::ScalarType dtype) {
+  return prefers_packed_product(convolution, dtype) && convolution.out_channels >= kMinRows;
 }
 
 void packed_product(const CheckedWeight& weight, bool is_transposed, const PatchMatrix& patches,
@@ -326,7 +342,8 @@ void PackedGradient::add_positions(int64_t first, int64_t count, const PatchPart
     const int64_t rows = end - begin;
     float* operand = left + PackedProduct::left_floats(begin);
     float* sum = sum_ + begin * cols;
-    kernels().pack_channels(grad_pixels_, grad_output_, {first, count, row_ + begin, rows}, operand);
+    kernels().pack_channels(grad_pixels_, grad_output_, {first, count, row_ + begin, rows},
+                            operand);
     if (is_first) std::fill_n(sum, rows * cols, 0.0f);
     std::vector<int64_t> row(rows);
     std::iota(row.begin(), row.end(), 0);

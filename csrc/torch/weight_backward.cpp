@@ -317,15 +317,14 @@ bool add_matrix_unit_backward_weight(const Convolution& convolution, const Check
   return true;
 }
 
-void add_packed_backward_weight(const WeightSource& source, int64_t row,
-                                const PatchMatrix& grad_output, const PatchMatrix& patches,
-                                WeightGradients& sum) {
+void add_packed_backward_weight(const WeightSource& source, const PatchMatrix& grad_output,
+                                const PatchMatrix& patches, WeightGradients& sum) {
   // Rows whose gradients are held at once.
   constexpr int64_t kRowsAtOnce = 512;
   for (int64_t first = 0; first < grad_output.cols(); first += kRowsAtOnce) {
     const int64_t rows = std::min(kRowsAtOnce, grad_output.cols() - first);
     PackedConvolution gradient({grad_output, first, rows, patches});
-    add_backward(source.part(row + first, 0, rows, patches.cols()), gradient, sum);
+    add_backward(source.part(first, 0, rows, patches.cols()), gradient, sum);
   }
 }
 
