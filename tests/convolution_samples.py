@@ -139,7 +139,7 @@ CONVOLUTIONS = [
         kernel_size=(1, 1), padding=(0, 0), stride=(2, 2), channels_last=True),
     LONG,
     dataclasses.replace(LONG, name="products, long patches, bfloat16", dtype=BFLOAT16),
-    one("products of packed parts, one block of positions", in_channels=33, out_channels=133,
+    one("packed, few positions", in_channels=33, out_channels=133,
         kernel_size=(5, 5), padding=(2, 3), size=(7, 6)),
     one("packed, options", in_channels=48, out_channels=130, size=(33, 31), kernel_size=(3, 2),
         stride=(2, 1), padding=(2, 1), dilation=(3, 2)),

@@ -73,6 +73,8 @@ struct Reach {
 struct Pixels {
   const float* data;  // of the first channel of pixel (0, 0), which need not be among them
   int64_t row_step, pixel_step, channel_step;
+
+  const float* at(int64_t y, int64_t x) const { return data + y * row_step + x * pixel_step; }
 };
 
 /// The pixels that positions [begin, end) of an image read, with channels side by side: in
@@ -114,50 +116,25 @@ void by_image(const Patches& patches, const PatchPart& part, const F& f) {
   }
 }
 
-/// A row's elements of one tap: [col, col + count) of the operand.
-template <bool kIsLeft>
-void pack_tap(const float* pixel, int64_t channel_step, int64_t depth, int64_t row, int64_t col,
-              int64_t count, float* packed) {
-  for (int64_t c = 0; c < count;) {
-    const int64_t stop = kIsLeft ? count : std::min(count, c + kTileCols - (col + c) % kTileCols);
-    float* target = packed + (kIsLeft ? row * PackedProduct::kLeftStride + col + c
-                                      : right_place(depth, row, col + c));
-    if (pixel == nullptr) {
-      fill_zeros(stop - c, target);
-    } else if (channel_step == 1) {
-      copy(pixel + c, stop - c, target);
-    } else {
-      for (int64_t i = c; i < stop; ++i) target[i - c] = pixel[i * channel_step];
-    }
-    c = stop;
+/// Elements that follow each other in the operand; zeros where there is no pixel.
+void copy_channels(const float* pixel, int64_t channel_step, int64_t count, float* target) {
+  if (pixel == nullptr) {
+    fill_zeros(count, target);
+  } else if (channel_step == 1) {
+    copy(pixel, count, target);
+  } else {
+    for (int64_t i = 0; i < count; ++i) target[i] = pixel[i * channel_step];
   }
 }
 
-/// Row i becomes row `place(i)` of the operand.
-template <bool kIsLeft, class Place>
-void pack_patches(const Patches& patches, const float* images, const PatchPart& part,
-                  const Place& place, int64_t depth, float* packed, float* scratch) {
-  const Axis &height = patches.height, &width = patches.width;
+/// Calls `f(image, begin, end, row)` for positions of each image among the part's rows, with the
+/// pixels of its channels.
+template <class F>
+void by_pixels(const Patches& patches, const float* images, const PatchPart& part, float* scratch,
+               const F& f) {
   by_image(patches, part, [&](int64_t image, int64_t begin, int64_t end, int64_t row) {
     const float* first = images + image * patches.image_step + part.channel * patches.channel_step;
-    const Pixels pixels = pixels_of(patches, first, part.channels, begin, end, scratch);
-    for (int64_t position = begin; position < end; ++position, ++row) {
-      const int64_t top = height.first(position / width.positions);
-      const int64_t left = width.first(position % width.positions);
-      const TapRange y(height, top), x(width, left);
-      const int64_t corner = top * pixels.row_step + left * pixels.pixel_step;
-      const int64_t target_row = place(row);
-      int64_t col = 0;
-      for (int64_t i = 0; i < height.kernel; ++i) {
-        for (int64_t j = 0; j < width.kernel; ++j, col += part.channels) {
-          const int64_t pixel = corner + i * height.dilation * pixels.row_step +
-                                j * width.dilation * pixels.pixel_step;
-          const bool is_inside = y.contains(i) && x.contains(j);
-          pack_tap<kIsLeft>(is_inside ? pixels.data + pixel : nullptr, pixels.channel_step, depth,
-                            target_row, col, part.channels, packed);
-        }
-      }
-    }
+    f(pixels_of(patches, first, part.channels, begin, end, scratch), begin, end, row);
   });
 }
 
@@ -285,15 +262,79 @@ void multiply_group(const RowGroup& group, int64_t unit, const float* left, cons
 
 void pack_patches_left_kernel(const Patches& patches, const float* images, const PatchPart& part,
                               const int64_t* place, float* packed, float* scratch) {
-  pack_patches<true>(
-      patches, images, part, [place](int64_t row) { return place[row]; }, 0, packed, scratch);
+  const Axis &height = patches.height, &width = patches.width;
+  by_pixels(patches, images, part, scratch,
+            [&](const Pixels& pixels, int64_t begin, int64_t end, int64_t row) {
+              // Taps whose pixels follow each other are one stretch.
+              const bool follow = width.dilation == 1 && pixels.channel_step == 1 &&
+                                  pixels.pixel_step == part.channels;
+              const int64_t at_once = follow ? width.kernel : 1;
+              int64_t line = begin / width.positions, in_line = begin % width.positions;
+              TapRange y(height, height.first(line));
+              for (int64_t position = begin; position < end; ++position, ++row, ++in_line) {
+                if (in_line == width.positions) {
+                  in_line = 0;
+                  y = TapRange(height, height.first(++line));
+                }
+                const int64_t left = width.first(in_line);
+                const TapRange x(width, left);
+                float* target = packed + place[row] * PackedProduct::kLeftStride;
+                const auto pack = [&](const float* pixel, int64_t tap, int64_t taps) {
+                  copy_channels(pixel, pixels.channel_step, taps * part.channels,
+                                target + tap * part.channels);
+                };
+                for (int64_t i = 0; i < height.kernel; ++i) {
+                  const int64_t tap = i * width.kernel;
+                  if (!y.contains(i) || x.begin >= x.end) {
+                    pack(nullptr, tap, width.kernel);
+                    continue;
+                  }
+                  const int64_t source_line = height.first(line) + i * height.dilation;
+                  pack(nullptr, tap, x.begin);
+                  for (int64_t j = x.begin; j < x.end; j += at_once) {
+                    pack(pixels.at(source_line, left + j * width.dilation), tap + j,
+                         std::min(at_once, x.end - j));
+                  }
+                  pack(nullptr, tap + x.end, width.kernel - x.end);
+                }
+              }
+            });
 }
 
 void pack_patches_right_kernel(const Patches& patches, const float* images, const PatchPart& part,
                                int64_t first_row, int64_t depth, float* packed, float* scratch) {
-  pack_patches<false>(
-      patches, images, part, [first_row](int64_t row) { return first_row + row; }, depth, packed,
-      scratch);
+  const Axis &height = patches.height, &width = patches.width;
+  by_pixels(
+      patches, images, part, scratch,
+      [&](const Pixels& pixels, int64_t begin, int64_t end, int64_t row) {
+        // Columns of a tile for one position after the other: what is written is then one stretch.
+        const auto pack_cols = [&](int64_t i, int64_t j, int64_t channel, int64_t count,
+                                   float* target) {
+          int64_t line = begin / width.positions, in_line = begin % width.positions;
+          for (int64_t position = begin; position < end; ++line, in_line = 0) {
+            const int64_t y = height.first(line) + i * height.dilation;
+            for (; in_line < width.positions && position < end;
+                 ++in_line, ++position, target += kTileCols) {
+              const int64_t x = width.first(in_line) + j * width.dilation;
+              const bool is_inside = y >= 0 && y < height.size && x >= 0 && x < width.size;
+              copy_channels(is_inside ? pixels.at(y, x) + channel * pixels.channel_step : nullptr,
+                            pixels.channel_step, count, target);
+            }
+          }
+        };
+        int64_t col = 0;
+        for (int64_t i = 0; i < height.kernel; ++i) {
+          for (int64_t j = 0; j < width.kernel; ++j) {
+            for (int64_t channel = 0; channel < part.channels;) {
+              const int64_t count =
+                  std::min<int64_t>(part.channels - channel, kTileCols - col % kTileCols);
+              pack_cols(i, j, channel, count, packed + right_place(depth, first_row + row, col));
+              channel += count;
+              col += count;
+            }
+          }
+        }
+      });
 }
 
 void pack_channels_kernel(const Patches& pixels, const float* images, const PatchPart& part,

@@ -18,18 +18,24 @@ using cpu::TapRange;
 using cpu::WeightPart;
 
 constexpr int64_t kCols = PackedProduct::kCols;
-// Of patches that a thread packs at once: with what they meet they stay in a second-level cache.
-constexpr int64_t kRowsAtOnce = 208;
-// Of the weight that a thread packs for those rows alone.
+// Rows of patches that a thread packs at once, which stay in a second-level cache beside what they
+// meet. Up to the second number of them in all, each thread packs them for itself, and what it
+// takes of the weight, kColsAtOnce columns at once, never leaves its cache.
+constexpr int64_t kRowsAtOnce = 96, kFewRows = 208;
 constexpr int64_t kColsAtOnce = 128;
 // Of the weight, packed for all rows.
 constexpr int64_t kPanelBytes = 4 << 20;
 constexpr int64_t kPanelCols = 512;
 
-// To pack a vector of patches takes as long as 11 vectors of a product, and it serves one for each
-// channel of the target, or for each row of the weight's gradient. Measured against the platform's
-// convolution and GEMM, which pack too or do without: level at these numbers.
+// To pack a vector of patches takes as long as some ten vectors of a product, and it serves one for
+// each channel of the target, or for each row of the weight's gradient. Measured against products
+// with patches and against the platform's convolution: level at these numbers, and at twice as
+// many.
 constexpr int64_t kMinChannels = 32, kMinRows = 128;
+
+int64_t times_as_many(const Convolution& convolution, at::ScalarType dtype) {
+  return prefers_platform(convolution, dtype) ? 2 : 1;
+}
 
 /// Groups have too few channels each.
 bool can_pack(const Convolution& convolution, at::ScalarType dtype) {
@@ -53,12 +59,20 @@ class GroupedRows {
       : place_(count), row_(count) {
     std::vector<Taps> kinds;
     std::vector<size_t> kind(count);
-    for (int64_t i = 0; i < count; ++i) {
-      const Taps taps = taps_of(patches, first + i);
-      kind[i] = std::find_if(kinds.begin(), kinds.end(), [&](const Taps& x) { return x == taps; }) -
-                kinds.begin();
-      if (kind[i] == kinds.size()) kinds.push_back(taps);
-      ++kinds[kind[i]].rows;
+    const auto &height = patches.height, &width = patches.width;
+    for (int64_t i = 0; i < count;) {
+      const int64_t line = (first + i) / width.positions, begin = (first + i) % width.positions;
+      const TapRange y(height, height.first(line % height.positions));
+      for (int64_t x = begin; x < width.positions && i < count; ++x, ++i) {
+        const Taps taps = taps_of(patches, y, TapRange(width, width.first(x)));
+        if (i > 0 && kinds[kind[i - 1]] == taps) {
+          kind[i] = kind[i - 1];
+        } else {
+          kind[i] = std::find(kinds.begin(), kinds.end(), taps) - kinds.begin();
+          if (kind[i] == kinds.size()) kinds.push_back(taps);
+        }
+        ++kinds[kind[i]].rows;
+      }
     }
     ranges_.resize(kinds.size());
     int64_t row = 0;
@@ -89,11 +103,9 @@ class GroupedRows {
   };
 
   /// Corners count as the edges above and below: groups of a row or two would take as long.
-  static Taps taps_of(const cpu::Patches& patches, int64_t row) {
-    const auto &height = patches.height, &width = patches.width;
-    const TapRange y(height, height.first(row / width.positions % height.positions));
-    const TapRange x(width, width.first(row % width.positions));
-    if (y.end - y.begin < height.kernel) return {y.begin, y.end, 0, width.kernel, 0};
+  static Taps taps_of(const cpu::Patches& patches, const TapRange& y, const TapRange& x) {
+    if (y.end - y.begin < patches.height.kernel)
+      return {y.begin, y.end, 0, patches.width.kernel, 0};
     return {y.begin, y.end, x.begin, x.end, 0};
   }
   static std::vector<DepthRange> ranges_of(const cpu::Patches& patches, const Taps& taps) {
@@ -153,7 +165,7 @@ class PackedPass {
 
   void run() {
     const int64_t rows = patches_.rows(), cols = target_.cols();
-    if (rows <= kRowsAtOnce) {
+    if (rows <= kFewRows) {
       at::parallel_for(0, ceil_divide(cols, kCols), 1, [&](int64_t begin, int64_t end) {
         const int64_t stop = std::min(cols, end * kCols);
         for (int64_t col = begin * kCols; col < stop; col += kPanelCols) {
@@ -217,9 +229,9 @@ class PackedPass {
 
   /// Some rows and columns of the target; without a panel of these columns, the weight is packed.
   void multiply(const Stretch& rows, const Stretch& cols, const float* panel) const {
-    float* left = float_scratch<Purpose::kPatches>(PackedProduct::left_floats(kRowsAtOnce) +
+    float* left = float_scratch<Purpose::kPatches>(PackedProduct::left_floats(kFewRows) +
                                                    PackedProduct::kPixelFloats);
-    float* pixels = left + PackedProduct::left_floats(kRowsAtOnce);
+    float* pixels = left + PackedProduct::left_floats(kFewRows);
     const int64_t stride = view_ ? target_.cols() : cols.count;
     float* out = view_ ? view_->mutable_data_ptr<float>() + rows.first * stride + cols.first
                        : float_scratch<Purpose::kPositions>(rows.count * cols.count);
@@ -281,7 +293,8 @@ class PackedPass {
 
 bool prefers_packed_product(const Convolution& convolution, at::ScalarType dtype) {
   return can_pack(convolution, dtype) &&
-         std::min(convolution.input_size[1], convolution.out_channels) >= kMinChannels;
+         std::min(convolution.input_size[1], convolution.out_channels) >=
+             times_as_many(convolution, dtype) * kMinChannels;
 }
 
 bool prefers_packed_input_gradient(const Convolution& convolution, at::ScalarType dtype) {
@@ -290,7 +303,8 @@ bool prefers_packed_input_gradient(const Convolution& convolution, at::ScalarTyp
 }
 
 bool prefers_packed_weight_gradient(const Convolution& convolution, at::ScalarType dtype) {
-  return prefers_packed_product(convolution, dtype) && convolution.out_channels >= kMinRows;
+  return prefers_packed_product(convolution, dtype) &&
+         convolution.out_channels >= times_as_many(convolution, dtype) * kMinRows;
 }
 
 void packed_product(const CheckedWeight& weight, bool is_transposed, const PatchMatrix& patches,
