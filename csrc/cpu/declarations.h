@@ -70,6 +70,18 @@ void gather_patches_kernel(const cpu::Patches&, const void* images, int element_
                            const cpu::PatchBlock&);
 void scatter_positions_kernel(const cpu::Patches&, const cpu::PatchBlock&, int element_size,
                               void* images);
+void pack_patches_left_kernel(const cpu::Patches&, const float* images, const cpu::PatchPart&,
+                              const int64_t* place, float* packed, float* scratch);
+void pack_patches_right_kernel(const cpu::Patches&, const float* images, const cpu::PatchPart&,
+                               int64_t first_row, int64_t depth, float* packed, float* scratch);
+void pack_channels_kernel(const cpu::Patches& pixels, const float* images, const cpu::PatchPart&,
+                          float* packed);
+void pack_weight_kernel(const VirtualWeight&, const cpu::WeightPart&, float* packed,
+                        float* scratch);
+void multiply_packed_kernel(const cpu::RowGroup* groups, int64_t num_groups, int64_t cols,
+                            int64_t depth, int64_t unit, const float* left, const float* right,
+                            float* out, const int64_t* out_row, int64_t stride);
+void order_by_channel_kernel(int64_t rows, int64_t channels, int64_t taps, float* data);
 void add_patches_kernel(const cpu::Patches&, const cpu::PatchBlock&, DType, void* images);
 
 HFH_NAMESPACE_END

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/matrix_unit.h"
+#include "cpu/packed_product.h"
 #include "cpu/patches.h"
 #include "hfh/params.h"
 
@@ -211,6 +212,29 @@ struct Kernels {
   void (*scatter_positions)(const Patches&, const PatchBlock&, int element_size, void* images);
   /// Adds a block of the gradient of patches to that of the images, both float32 or float64.
   void (*add_patches)(const Patches&, const PatchBlock&, DType, void* images);
+
+  // Operands of packed products, see packed_product.h. `scratch` holds PackedProduct::kPixelFloats
+  // or kWeightFloats.
+
+  /// Patches, as the left operand: row i of them as its row `place[i]`.
+  void (*pack_patches_left)(const Patches&, const float* images, const PatchPart&,
+                            const int64_t* place, float* packed, float* scratch);
+  /// Patches, as rows from `first_row` on of a right operand of `depth` rows.
+  void (*pack_patches_right)(const Patches&, const float* images, const PatchPart&,
+                             int64_t first_row, int64_t depth, float* packed, float* scratch);
+  /// Pixels (patches of one tap), as a left operand whose rows are the channels.
+  void (*pack_channels)(const Patches& pixels, const float* images, const PatchPart&,
+                        float* packed);
+  /// A part of a weight, as a right operand.
+  void (*pack_weight)(const VirtualWeight&, const WeightPart&, float* packed, float* scratch);
+  /// out[out_row[i] * stride + j] += sum_k left[i][k] right[k][j] for the rows of each group, k in
+  /// its ranges times `unit`.
+  void (*multiply_packed)(const RowGroup* groups, int64_t num_groups, int64_t cols, int64_t depth,
+                          int64_t unit, const float* left, const float* right, float* out,
+                          const int64_t* out_row, int64_t stride);
+  /// Turns columns in the order (tap, channel), at most PackedProduct::kDepth, into the weight's
+  /// order, (channel, tap).
+  void (*order_by_channel)(int64_t rows, int64_t channels, int64_t taps, float* data);
 
   /// Null where there is none.
   const MatrixUnit* matrix_unit;

@@ -12,18 +12,7 @@ namespace {
 using cpu::Axis;
 using cpu::PatchBlock;
 using cpu::Patches;
-
-/// The taps [begin, end) of an axis that fall into the image.
-struct TapRange {
-  int64_t begin, end;
-
-  TapRange(const Axis& axis, int64_t first)
-      : begin(first < 0 ? std::min(axis.kernel, (-first + axis.dilation - 1) / axis.dilation) : 0),
-        end(first < axis.size
-                ? std::min(axis.kernel, (axis.size - first + axis.dilation - 1) / axis.dilation)
-                : 0) {}
-  bool contains(int64_t tap) const { return tap >= begin && tap < end; }
-};
+using cpu::TapRange;
 
 /// One row: where its kernel lies.
 struct Placement {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "hfh/config.h"
@@ -15,6 +16,18 @@ struct Axis {
 
   /// Where the kernel's first tap lies; negative in the padding.
   HFH_HOST_DEVICE int64_t first(int64_t position) const { return position * stride - padding; }
+};
+
+/// The taps [begin, end) of an axis that fall into the image, of a kernel whose first lies there.
+struct TapRange {
+  int64_t begin, end;
+
+  HFH_HOST_DEVICE TapRange(const Axis& axis, int64_t first)
+      : begin(first < 0 ? std::min(axis.kernel, (-first + axis.dilation - 1) / axis.dilation) : 0),
+        end(first < axis.size
+                ? std::min(axis.kernel, (axis.size - first + axis.dilation - 1) / axis.dilation)
+                : 0) {}
+  HFH_HOST_DEVICE bool contains(int64_t tap) const { return tap >= begin && tap < end; }
 };
 
 /// A matrix [images * positions, channels * taps] that need not exist in memory: row (n, y, x) is

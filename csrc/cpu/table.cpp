@@ -46,6 +46,12 @@ const Kernels& HFH_JOIN(kernels_, HFH_CAPABILITY)() {
       gather_patches_kernel,
       scatter_positions_kernel,
       add_patches_kernel,
+      pack_patches_left_kernel,
+      pack_patches_right_kernel,
+      pack_channels_kernel,
+      pack_weight_kernel,
+      multiply_packed_kernel,
+      order_by_channel_kernel,
       nullptr,
   };
   return table;

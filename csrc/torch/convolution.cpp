@@ -65,7 +65,7 @@ void product(const CheckedWeight& weight, const PatchMatrix& patches, const at::
     at::Tensor y = view ? view->narrow(0, row, rows)
                         : scratch_matrix<Purpose::kPositions>(rows, output.cols(), output.dtype());
     multiply_forward(weight, x, bias, y);
-    if (!view) output.write(row, y);
+    if (!view) output.write(row, 0, y);
   }
 }
 
@@ -147,6 +147,11 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& pool, const at::Ten
       matrix_unit_forward(convolution, whole, dense_images(input), bias_tensor, output)) {
     return output;
   }
+  if (prefers_packed_product(convolution, input.scalar_type())) {
+    packed_product(whole, false, convolution.patches(input, 0), bias_tensor,
+                   convolution.pixels(output, 0));
+    return output;
+  }
   if (prefers_platform(convolution, input.scalar_type())) {
     platform_forward(convolution, source, input, bias_tensor, output);
     return output;
@@ -173,6 +178,11 @@ at::Tensor conv2d_backward_input(const at::Tensor& grad_output, const at::Tensor
   if (grad_input.numel() == 0) return grad_input;
   if (prefers_matrix_unit(convolution, grad_output) &&
       matrix_unit_backward_input(convolution, whole, dense_images(grad_output), grad_input)) {
+    return grad_input;
+  }
+  if (prefers_packed_input_gradient(convolution, grad_output.scalar_type())) {
+    packed_product(whole, true, convolution.grad_patches(grad_output), {},
+                   convolution.input_pixels(grad_input));
     return grad_input;
   }
   if (prefers_platform(convolution, grad_output.scalar_type())) {
@@ -216,7 +226,10 @@ std::tuple<at::Tensor, at::Tensor> conv2d_backward_weight(
     return results();
   }
   if (tries_unit) gradients = zero_gradients(whole);
-  if (prefers_platform(convolution, input.scalar_type())) {
+  if (prefers_packed_weight_gradient(convolution, input.scalar_type())) {
+    add_packed_backward_weight(source, convolution.pixels(grad_output, 0),
+                               convolution.patches(input, 0), gradients);
+  } else if (prefers_platform(convolution, input.scalar_type())) {
     add_platform_backward_weight(convolution, source, grad_output, input, gradients);
   } else {
     for (int64_t group = 0; group < groups; ++group) {

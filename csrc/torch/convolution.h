@@ -36,6 +36,12 @@ struct Convolution {
   PatchMatrix patches(const at::Tensor& images, int64_t group) const;
   /// Pixels of one group's channels of images like the output.
   PatchMatrix pixels(const at::Tensor& images, int64_t group) const;
+
+  // For the gradient of the input, of one group and of stride 1:
+  /// Pixels of images like the input.
+  PatchMatrix input_pixels(const at::Tensor& images) const;
+  /// For each of them the positions that see it, of images like the output: patches as well.
+  PatchMatrix grad_patches(const at::Tensor& images) const;
 };
 
 /// The parameters behind a virtual weight, of which each group of a convolution takes some rows.
@@ -59,6 +65,18 @@ bool matrix_unit_backward_input(const Convolution& convolution, const CheckedWei
 bool add_matrix_unit_backward_weight(const Convolution& convolution, const CheckedWeight& weight,
                                      const at::Tensor& grad_output, const at::Tensor& input,
                                      WeightGradients& sum);
+
+/// Whether packed products, on vector units, are the fastest way.
+bool prefers_packed_product(const Convolution& convolution, at::ScalarType dtype);
+bool prefers_packed_input_gradient(const Convolution& convolution, at::ScalarType dtype);
+bool prefers_packed_weight_gradient(const Convolution& convolution, at::ScalarType dtype);
+
+/// target = patches V^T + bias or, with V transposed, patches V.
+void packed_product(const CheckedWeight& weight, bool is_transposed, const PatchMatrix& patches,
+                    const at::Tensor& bias, const PatchMatrix& target);
+/// Adds the gradients behind the weight's, grad_output^T patches.
+void add_packed_backward_weight(const WeightSource& weight, const PatchMatrix& grad_output,
+                                const PatchMatrix& patches, WeightGradients& sum);
 
 /// Whether the platform's own convolution, given a bounded part of the weight and of the images at
 /// a time, is faster than products with patches: for groups, small weights and many positions.

@@ -80,6 +80,26 @@ PatchMatrix Convolution::pixels(const at::Tensor& images, int64_t group) const {
   return {images, patches, group * group_rows()};
 }
 
+PatchMatrix Convolution::input_pixels(const at::Tensor& images) const {
+  const auto axis = [&](int dim) {
+    return cpu::Axis{input_size[dim + 2], images.stride(dim + 2), 1, 1, 0, 1, input_size[dim + 2]};
+  };
+  const cpu::Patches patches{input_size[0],    images.stride(0), input_size[1],
+                             images.stride(1), axis(0),          axis(1)};
+  return {images, patches, 0};
+}
+
+PatchMatrix Convolution::grad_patches(const at::Tensor& images) const {
+  const auto axis = [&](int dim) {
+    const int64_t reach = dilation[dim] * (kernel_size[dim] - 1);
+    return cpu::Axis{positions(dim),       images.stride(dim + 2), kernel_size[dim],   1,
+                     reach - padding[dim], dilation[dim],          input_size[dim + 2]};
+  };
+  const cpu::Patches patches{input_size[0],    images.stride(0), out_channels,
+                             images.stride(1), axis(0),          axis(1)};
+  return {images, patches, 0};
+}
+
 CheckedWeight WeightSource::part(int64_t row, int64_t col, int64_t rows, int64_t cols) const {
   WeightArguments shifted = arguments;
   shifted.row_offset += row;

@@ -66,8 +66,8 @@ void PatchMatrix::read(int64_t row, int64_t col, const at::Tensor& out) const {
   });
 }
 
-void PatchMatrix::write(int64_t row, const at::Tensor& block) const {
-  const PatchBlock whole = block_of(row, 0, block);
+void PatchMatrix::write(int64_t row, int64_t col, const at::Tensor& block) const {
+  const PatchBlock whole = block_of(row, col, block);
   const int64_t element = element_size(dtype());
   at::parallel_for(0, whole.rows, grain_of(whole.cols), [&](int64_t begin, int64_t end) {
     kernels().scatter_positions(patches_, some_rows(whole, begin, end, element),

@@ -18,20 +18,22 @@ class PatchMatrix {
   int64_t rows() const { return patches_.rows(); }
   int64_t cols() const { return patches_.cols(); }
   at::ScalarType dtype() const { return images_.scalar_type(); }
+  const cpu::Patches& patches() const { return patches_; }
+  /// Of the first channel.
+  const void* data() const;
 
   /// The matrix itself, contiguous, where the images are one in memory.
   std::optional<at::Tensor> view() const;
 
   /// Rows from `row` on and columns from `col` on, as many as `out` has.
   void read(int64_t row, int64_t col, const at::Tensor& out) const;
-  /// The inverse of `read`, for whole rows of kernels of one tap: patches then do not overlap.
-  void write(int64_t row, const at::Tensor& block) const;
+  /// The inverse of `read`, for kernels of one tap: patches then do not overlap.
+  void write(int64_t row, int64_t col, const at::Tensor& block) const;
   /// Adds to the images what whole rows hold of their gradient, in float32 or float64.
   void add(int64_t row, const at::Tensor& block) const;
 
  private:
   cpu::PatchBlock block_of(int64_t row, int64_t col, const at::Tensor& data) const;
-  const void* data() const;
 
   at::Tensor images_;
   cpu::Patches patches_;

@@ -6,6 +6,7 @@
 #include "torch/gemm.h"
 #include "torch/matrix_unit.h"
 #include "torch/matrix_unit_convolution.h"
+#include "torch/packed_convolution.h"
 #include "torch/panels.h"
 #include "torch/parallel.h"
 #include "torch/pool_gradient.h"
@@ -193,6 +194,27 @@ class SummedConvolution {
   std::atomic<bool> finite_ = true;
 };
 
+/// A convolution's, in packed products.
+class PackedConvolution {
+ public:
+  explicit PackedConvolution(PackedGradient gradient) : gradient_(std::move(gradient)) {}
+
+  at::ScalarType dtype() const { return at::kFloat; }
+  int64_t tile_cols() const { return gradient_.cols_at_once(); }
+  bool is_product() const { return false; }
+  void select_columns(int64_t col, int64_t cols) {
+    gradient_.select_columns(col, cols);
+    cols_ = cols;
+  }
+  Matrix tile(const TileBounds& tile, at::Tensor&) {
+    return {gradient_.sum() + tile.row * cols_, tile.rows, cols_, cols_, 1, at::kFloat};
+  }
+
+ private:
+  PackedGradient gradient_;
+  int64_t cols_ = 0;
+};
+
 /// The tiles of a weight's gradient, and the work on each of them: those of one column of tiles at
 /// a time, for whatever a source of tiles prepares for them all.
 template <class Source>
@@ -330,6 +352,17 @@ bool add_matrix_unit_backward_weight(const Convolution& convolution, const Check
     if (!source.finite()) return false;
   }
   return true;
+}
+
+void add_packed_backward_weight(const WeightSource& source, const PatchMatrix& grad_output,
+                                const PatchMatrix& patches, WeightGradients& sum) {
+  // Rows whose gradients are held at once.
+  constexpr int64_t kRowsAtOnce = 512;
+  for (int64_t first = 0; first < grad_output.cols(); first += kRowsAtOnce) {
+    const int64_t rows = std::min(kRowsAtOnce, grad_output.cols() - first);
+    PackedConvolution gradient({grad_output, first, rows, patches});
+    add_backward(source.part(first, 0, rows, patches.cols()), gradient, sum);
+  }
 }
 
 }  // namespace hfh::torch_ops
