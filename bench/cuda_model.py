@@ -111,15 +111,15 @@ def by_tiles(kernels: Kernels, layer: GPULinear, batch: int) -> Units:
     """Tiles of windows of elements in shared memory (csrc/cuda/linear.cu, linear_elements.cu).
 
     A gather reads every element of every weight once, from all banks. The input is read by each
-    block of threads, and passes through shared memory's unit on its way from the cache; so does a
-    window, which is written there, and read and written again to negate it where g is not linear.
+    block of threads, and passes through shared memory's unit on its way from the cache. A window is
+    written there, and where g is not linear read and written again to negate it.
     """
     tiles = 1 if batch <= 8 else 2 if batch <= 16 else 4
     if layer.depth <= 1:
         arguments = f"shared once, {str(layer.block < 64).lower()}, {tiles}"
-        name, rows, passes = "linear_elements", ELEMENT_GROUPS * GROUP_ROWS, 2
+        name, rows, passes = "linear_elements", ELEMENT_GROUPS * GROUP_ROWS, 1
     else:
-        arguments, name, rows, passes = f"shared, {tiles}", "linear_small", GROUP_ROWS, 4
+        arguments, name, rows, passes = f"shared, {tiles}", "linear_small", GROUP_ROWS, 3
     kernel = kernels[f"{name}<BFloat16, {network(layer)}, {arguments}>"]
     weights = layer.num_weights
     assert layer.window is not None

@@ -104,7 +104,10 @@ BATCHES = [
     sample(f"batch {batch}, depth {depth}, {dtype}", batch=batch, depth=depth, dtype=dtype)
     for batch in ((1,), (8,), (9,), (16,), (3, 6), (32,))
     for depth, dtype in ((1, BFLOAT16), (2, FLOAT16))
-] + [sample("many hashes, batch 17", num_hashes=8, depth=1, batch=(17,))]  # fmt: skip
+] + [
+    sample("many hashes, batch 17", num_hashes=8, depth=1, batch=(17,)),
+    sample("width 8, batch 17", width=8, batch=(17,)),
+]  # fmt: skip
 SAMPLES = [*NETWORKS, *PLACES, *ELEMENTS, *BATCHES]
 
 
@@ -136,7 +139,8 @@ def can_run(sample: Sample, backend: str) -> bool:
     batch = torch.Size(sample.batch).numel()
     block, depth = sample.hash_spec.block, sample.reconstruction.depth
     if backend == "cuda:tiles":
-        return block >= 32 and batch <= (16 if sample.hash_spec.num_hashes > 4 else 32)
+        many = sample.hash_spec.num_hashes > 4 or (depth > 1 and sample.reconstruction.width > 4)
+        return block >= 32 and batch <= (16 if many else 32)
     if backend == "cuda:slot_products":
         slots = (sample.hash_spec.window or sample.hash_spec.pool_size) // block
         few_slots = slots <= min(512, 2**15 // block)

@@ -189,8 +189,8 @@ class TileMaker {
   /// Calls f(u, value, sign) with element u of the same weights, laid out as they are, but without
   /// their signs: bit 31 of sign[i] is that of row m + 8 i. A product with a linear g needs no
   /// weights: it is the mixture of the products with their elements. `kHalves` where blocks are
-  /// half a segment.
-  template <bool kHalves, class F>
+  /// half a segment; kAtOnce elements are gathered at a time, as many as there are registers for.
+  template <bool kHalves, int kAtOnce, class F>
   __device__ __forceinline__ void each_element(const RowKeys& keys, uint32_t col,
                                                const F& f) const {
     static_assert(!kElements && kSource != Source::kShared);
@@ -201,8 +201,8 @@ class TileMaker {
     if constexpr (kHalves) draw_chunk(keys, chunks[1], draws[1]);
 #pragma unroll
     for (int u = 0; u < kHashes; ++u) {
-      // As in make_by_chunks; two elements at a time hide each other's way.
-      if (u % 2 == 0 || kHashes > 4 || kSource == Source::kGlobal) __syncwarp();
+      // As in make_by_chunks.
+      if (u % kAtOnce == 0) __syncwarp();
       uint32_t value[2][2][4], sign[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {

@@ -35,28 +35,14 @@ __global__ void __launch_bounds__(tile_kernel<Shape>(kBatchTiles).threads, 1)
   for (int segment = segments.part_begin(part) + warp; segment < segments.part_begin(part + 1);
        segment += num_warps) {
     const uint32_t col = static_cast<uint32_t>(segment) * kSegment;
-    // With a larger batch each tile of rows loads the input again, out of the cache: there are not
-    // registers enough to keep it.
-    constexpr bool kKeep = kBatchTiles <= 2;
-    uint4 kept[kKeep ? kBatchTiles : 1][2];
-    if constexpr (kKeep) {
-#pragma unroll
-      for (int i = 0; i < 2 * kBatchTiles; ++i) {
-        kept[i / 2][i % 2] = inputs.load(col, i / 2, i % 2);
-      }
-    }
+    const SegmentInputs<Number, kBatchTiles, kBatchTiles <= 2> x(inputs, col);
     // There are no registers for two tiles at once. What belongs to the tile at work comes first.
 #pragma unroll 1
     for (int t = 0; t < kTiles; ++t) {
       if (t * kTileRows < group.rows) {
         uint32_t value[2][2][4];
         tiles.make(g, keys[0], segments.col_offset + col, value);
-        multiply_tile<Number>(
-            value,
-            [&](int i, int half) {
-              return kKeep ? kept[kKeep ? i : 0][half] : inputs.load(col, i, half);
-            },
-            sums[0]);
+        multiply_tile(value, x, 0, sums[0]);
       }
       rotate(sums);
       rotate(keys);
@@ -80,10 +66,11 @@ void with_kernel(const DeviceWeight& weight, int64_t batch, const F& f) {
 
 std::string why_not_linear_small(const DeviceWeight& weight, const LayerSize& size, int64_t batch) {
   const std::string reason = why_not_tiles(weight, size.in_features);
-  const int64_t most = max_small_batch(weight.hash);
+  const int64_t most = max_small_batch(weight);
   if (reason.empty() && batch > most) {
     return "the batch must be at most " + std::to_string(most) + " with num_hashes " +
-           std::to_string(weight.hash.num_hashes) + ", received " + std::to_string(batch);
+           std::to_string(weight.hash.num_hashes) + " and width " +
+           std::to_string(weight.reconstruct.width) + ", received " + std::to_string(batch);
   }
   if (!reason.empty() || weight.hash.block() >= kSharedBlock) return reason;
   return "block must be at least " + std::to_string(kSharedBlock) + ", received " +

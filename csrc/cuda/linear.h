@@ -20,7 +20,10 @@ struct LayerSize {
 };
 
 /// Rows of input that `linear_small` can take: as many as there are registers for.
-inline int64_t max_small_batch(const HashParams& hash) { return hash.num_hashes > 4 ? 16 : 32; }
+inline int64_t max_small_batch(const VirtualWeight& weight) {
+  const bool wide = weight.reconstruct.depth > 1 && weight.reconstruct.width > 4;
+  return weight.hash.num_hashes > 4 || wide ? 16 : 32;
+}
 
 /// Why `write_panel` has no kernel for a layer; empty where it has.
 std::string why_not_panel(const DeviceWeight& weight, const LayerSize& size);

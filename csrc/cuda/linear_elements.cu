@@ -71,35 +71,41 @@ __global__ void __launch_bounds__(element_kernel<Shape>(kBatchTiles).threads, 1)
   for (int u = 0; u < Shape::kHashesBound; ++u) mixing[u] = theta_value(weight, u);
   TileMaker<Number, Shape, kSource, false> tiles(weight, windows.base[0], windows.elements[0]);
   const uint32_t seed = weight.hash.seed;
-  const RowKeys keys[kGroups][kTiles] = {
-      {{groups[0].first, seed}, {groups[0].first + kTileRows, seed}},
-      {{groups[1].first, seed}, {groups[1].first + kTileRows, seed}}};
+  // Hashed again for each tile where there are no registers to keep the keys.
+  const auto keys_of = [&](int group, int t) {
+    const uint32_t first = groups[group].first + t * kTileRows;
+    return RowKeys(kBatchTiles > 2 ? opaque(first) : first, seed);
+  };
 
+  constexpr bool kFew = Shape::kHashesBound <= 4 && kBatchTiles <= 2;
+  constexpr int kAtOnce = kFew && kSource == Source::kSharedOnce ? 2 : 1;
   const Inputs<Number> inputs{input, result.batch, segments.in_features()};
   const int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
   Sums<kBatchTiles> sums[kGroups][kTiles] = {};
   for (int segment = segments.part_begin(part) + warp; segment < segments.part_begin(part + 1);
        segment += num_warps) {
     const uint32_t col = static_cast<uint32_t>(segment) * kSegment;
-    uint4 x[kBatchTiles][2];
-#pragma unroll
-    for (int i = 0; i < 2 * kBatchTiles; ++i) x[i / 2][i % 2] = inputs.load(col, i / 2, i % 2);
+    const SegmentInputs<Number, kBatchTiles, true> x(inputs, col);
 #pragma unroll
     for (int i = 0; i < kGroups * kTiles; ++i) {
       const int group = i / kTiles, t = i % kTiles;
       if (t * kTileRows >= groups[group].rows) continue;
       tiles.draw_from(windows.base[group], windows.elements[group]);
-      tiles.template each_element<kHalves>(
-          keys[group][t], segments.col_offset + col,
+      tiles.template each_element<kHalves, kAtOnce>(
+          keys_of(group, t), segments.col_offset + col,
           [&](int u, const uint32_t (&value)[2][2][4], const uint32_t (&sign)[2]) {
-            Sums<kBatchTiles> products = {};
-            multiply_tile<Number>(
-                value, [&](int tile, int half) { return x[tile][half]; }, products);
+            // No more products at a time than there are registers for.
+            constexpr int kCount = kBatchTiles < 2 ? kBatchTiles : 2;
             Sums<kBatchTiles>& to = sums[group][t];
 #pragma unroll
-            for (int j = 0; j < 4 * kBatchTiles; ++j) {
-              const uint32_t factor = __float_as_uint(mixing[u]) ^ sign[j % 4 / 2];
-              to.of[j / 4][j % 4] += __uint_as_float(factor) * products.of[j / 4][j % 4];
+            for (int first = 0; first < kBatchTiles; first += kCount) {
+              Sums<kCount> products = {};
+              multiply_tile(value, x, first, products);
+#pragma unroll
+              for (int j = 0; j < 4 * kCount; ++j) {
+                const uint32_t factor = __float_as_uint(mixing[u]) ^ sign[j % 4 / 2];
+                to.of[first + j / 4][j % 4] += __uint_as_float(factor) * products.of[j / 4][j % 4];
+              }
             }
           });
     }

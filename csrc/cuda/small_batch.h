@@ -29,16 +29,42 @@ struct Inputs {
   }
 };
 
+/// The inputs of a segment, for all tiles of rows that a warp multiplies. Where there are not
+/// registers enough to keep them, each tile loads them again, out of the cache.
+template <class Number, int kBatchTiles, bool kKeep>
+class SegmentInputs {
+ public:
+  __device__ __forceinline__ SegmentInputs(const Inputs<Number>& inputs, uint32_t col)
+      : inputs_(inputs), col_(col) {
+    if constexpr (kKeep) {
+#pragma unroll
+      for (int i = 0; i < 2 * kBatchTiles; ++i)
+        kept_[i / 2][i % 2] = inputs.load(col, i / 2, i % 2);
+    }
+  }
+
+  __device__ __forceinline__ uint4 operator()(int batch_tile, int half) const {
+    return kKeep ? kept_[kKeep ? batch_tile : 0][half] : inputs_.load(col_, batch_tile, half);
+  }
+
+ private:
+  const Inputs<Number>& inputs_;
+  uint32_t col_;
+  uint4 kept_[kKeep ? kBatchTiles : 1][2];
+};
+
 /// Of a tile's 16 rows and the batch, as tensor instructions leave them.
 template <int kBatchTiles>
 struct Sums {
   float of[kBatchTiles][4];
 };
 
-/// Adds the product of `value`, laid out as TileMaker's weights are, with load(batch tile, half).
-template <class Number, int kBatchTiles, class Load>
-__device__ __forceinline__ void multiply_tile(const uint32_t (&value)[2][2][4], const Load& load,
-                                              Sums<kBatchTiles>& to) {
+/// Adds the product of `value`, laid out as TileMaker's weights are, with kCount batch tiles from
+/// `first` on.
+template <class Number, int kBatchTiles, bool kKeep, int kCount>
+__device__ __forceinline__ void multiply_tile(
+    const uint32_t (&value)[2][2][4], const SegmentInputs<Number, kBatchTiles, kKeep>& inputs,
+    int first, Sums<kCount>& to) {
   const int m = threadIdx.x % kWarpSize / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -50,8 +76,8 @@ __device__ __forceinline__ void multiply_tile(const uint32_t (&value)[2][2][4], 
       a[i / 4][i % 4] = m % 2 == half ? value[row][0][word] : value[row][1][word];
     }
 #pragma unroll
-    for (int i = 0; i < kBatchTiles; ++i) {
-      const uint4 x = load(i, half);
+    for (int i = 0; i < kCount; ++i) {
+      const uint4 x = inputs(first + i, half);
       multiply_add_k16<Number>(to.of[i], a[0], {x.x, x.y});
       multiply_add_k16<Number>(to.of[i], a[1], {x.z, x.w});
     }
@@ -120,7 +146,7 @@ void with_batch_tiles(int64_t batch, const F& f) {
     f.template operator()<1>();
   } else if (batch <= 2 * kBatchTile) {
     f.template operator()<2>();
-  } else if constexpr (Shape::kHashesBound <= 4) {
+  } else if constexpr (Shape::kHashesBound <= 4 && Shape::kWidthBound <= 4) {
     f.template operator()<4>();
   }
 }
