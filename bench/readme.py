@@ -53,12 +53,12 @@ def ratio_table(
     return lines
 
 
-def linear_table(reports: Sequence[Report], variant: str) -> str:
+def linear_table(reports: Sequence[Report]) -> str:
     cells = [
         {
             (row["row"], f"batch {row['batch']}"): marked(row["ratio"])
             for row in report["rows"]
-            if row["variant"] == variant
+            if row["variant"] == "streamed"
         }
         for report in reports
     ]
@@ -380,8 +380,7 @@ def replace_block(text: str, name: str, content: str) -> str:
 def main() -> None:
     text = README.read_text()
     linear = machines("linear")
-    for variant in ("resident", "streamed"):
-        text = replace_block(text, f"linear {variant}", linear_table(linear, variant))
+    text = replace_block(text, "linear streamed", linear_table(linear))
     text = replace_block(text, "machines", machine_lines(linear))
     text = replace_block(text, "convolution", convolution_table(machines("convolution")))
     text = replace_block(text, "embedding", embedding_table(machines("embedding")))
