@@ -57,6 +57,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/embedding.cpp",
     "csrc/cpu/embedding_backward.cpp",
     "csrc/cpu/linear.cpp",
+    "csrc/cpu/lookup_sums.cpp",
     "csrc/cpu/patches.cpp",
     "csrc/cpu/reconstruct.cpp",
     "csrc/cpu/slots.cpp",

@@ -125,54 +125,128 @@ struct Lookup {
   }
 };
 
-/// Reduces bags [begin, end) over columns [col, col + cols).
+/// Writes columns [col, col + cols) of a bag, rounded where the table is bfloat16.
 template <class Scalar>
-void reduce_bags(const Lookup& lookup, RowReader& reader, int64_t begin, int64_t end, int64_t col,
-                 int64_t cols, void* out, int64_t* winners) {
-  constexpr DType kDType = std::is_same_v<Scalar, double> ? DType::kFloat64 : DType::kFloat32;
-  const int64_t width = lookup.table.cols();
-  std::vector<Scalar> sum(cols, Scalar{0}), factors(reader.entries_at_once());
-  int64_t bag = begin, used = 0;
-  const auto finish_bag = [&] {
-    if (lookup.mode == Mode::kMean && used > 1) {
-      for (Scalar& x : sum) x /= static_cast<Scalar>(used);
-    }
-    if (lookup.table.is_bfloat16()) {
-      kernels().round_to_bfloat16(reinterpret_cast<const float*>(sum.data()),
-                                  static_cast<BFloat16*>(out) + bag * width + col, cols);
-    } else {
-      std::copy(sum.begin(), sum.end(), static_cast<Scalar*>(out) + bag * width + col);
-    }
-    std::fill(sum.begin(), sum.end(), Scalar{0});
-    used = 0;
-    ++bag;
-  };
-  const int64_t last = lookup.bags.end(end - 1);
-  for (int64_t first = lookup.bags.begin(begin); first < last; first += reader.entries_at_once()) {
-    const int64_t stop = std::min(last, first + reader.entries_at_once());
-    reader.read(first, stop, col, cols);
-    if (lookup.factors.given()) {
-      for (int64_t i = 0; i < reader.count(); ++i) {
-        factors[i] = static_cast<Scalar>(lookup.factors[reader.entries()[i]]);
+void write_bag(const Lookup& lookup, int64_t bag, const Scalar* values, int64_t col, int64_t cols,
+               void* out) {
+  const int64_t place = bag * lookup.table.cols() + col;
+  if (!lookup.table.is_bfloat16()) {
+    std::copy_n(values, cols, static_cast<Scalar*>(out) + place);
+  } else if constexpr (std::is_same_v<Scalar, float>) {
+    kernels().round_to_bfloat16(values, static_cast<BFloat16*>(out) + place, cols);
+  }
+}
+
+/// Adds up bags in scratch, some at a time.
+template <class Scalar>
+class BagSums {
+ public:
+  BagSums(const Lookup& lookup, int64_t cols)
+      : lookup_(lookup),
+        stride_(cols),
+        bags_at_once_(std::max<int64_t>(1, kSums / cols)),
+        sums_(bags_at_once_ * cols) {}
+
+  /// Writes columns [col, col + cols) of bags [begin, end).
+  void write(int64_t begin, int64_t end, int64_t col, int64_t cols, void* out) {
+    for (int64_t first = begin; first < end; first += bags_at_once_) {
+      const int64_t last = std::min(end, first + bags_at_once_);
+      std::fill(sums_.begin(), sums_.end(), Scalar{0});
+      for (int64_t bag = first; bag < last; ++bag) add(bag, (bag - first) * stride_, col, cols);
+      add_pending(col, cols);
+      for (int64_t bag = first; bag < last; ++bag) {
+        finish(bag, sums_.data() + (bag - first) * stride_, col, cols, out);
       }
-    }
-    for (int64_t i = 0; bag < end; finish_bag()) {
-      const int64_t bag_begin = i, bag_end = std::min(stop, lookup.bags.end(bag));
-      while (i < reader.count() && reader.entries()[i] < bag_end) ++i;
-      used += i - bag_begin;
-      const void* const* rows = reader.rows() + bag_begin;
-      if (lookup.mode == Mode::kMax) {
-        kernels().max_rows(kDType, i - bag_begin, cols, rows, reader.ranks() + bag_begin,
-                           sum.data(), winners + bag * width + col);
-      } else {
-        kernels().add_rows(kDType, i - bag_begin, cols, rows,
-                           lookup.factors.given() ? factors.data() + bag_begin : nullptr,
-                           sum.data());
-      }
-      if (stop < lookup.bags.end(bag)) break;  // the bag goes on
     }
   }
-  while (bag < end) finish_bag();
+
+ private:
+  // Sums stay in the first-level cache, and so do the rows that are still to be added.
+  static constexpr int64_t kSums = 4096, kPending = 512;
+
+  void add(int64_t bag, int64_t place, int64_t col, int64_t cols) {
+    const Table& table = lookup_.table;
+    for (int64_t i = lookup_.bags.begin(bag); i < lookup_.bags.end(bag); ++i) {
+      const int64_t rank = lookup_.ranks[i];
+      if (rank == Ranks::kNone) continue;
+      const Scalar factor =
+          lookup_.factors.given() ? static_cast<Scalar>(lookup_.factors[i]) : Scalar{1};
+      if (!table.is_dense(rank)) {
+        row_[pending_] = table.virtual_row(rank);
+        place_[pending_] = place;
+        factor_[pending_++] = factor;
+        if (pending_ == kPending) add_pending(col, cols);
+      } else if (table.is_bfloat16()) {
+        add_dense(reinterpret_cast<const c10::BFloat16*>(table.dense_row(rank)) + col, cols, factor,
+                  place);
+      } else {
+        add_dense(reinterpret_cast<const Scalar*>(table.dense_row(rank)) + col, cols, factor,
+                  place);
+      }
+    }
+  }
+
+  template <class Element>
+  void add_dense(const Element* row, int64_t cols, Scalar factor, int64_t place) {
+    for (int64_t c = 0; c < cols; ++c) sums_[place + c] += factor * static_cast<Scalar>(row[c]);
+  }
+
+  void add_pending(int64_t col, int64_t cols) {
+    kernels().add_lookups(lookup_.weight.get(), {row_, place_, pending_, pending_},
+                          lookup_.factors.given() ? factor_ : nullptr, col, cols, sums_.data());
+    pending_ = 0;
+  }
+
+  void finish(int64_t bag, Scalar* sum, int64_t col, int64_t cols, void* out) {
+    if (lookup_.mode == Mode::kMean) {
+      const auto used = static_cast<Scalar>(std::max<int64_t>(1, lookup_.used(bag)));
+      for (int64_t c = 0; c < cols; ++c) sum[c] /= used;
+    }
+    write_bag(lookup_, bag, sum, col, cols, out);
+  }
+
+  const Lookup& lookup_;
+  int64_t stride_, bags_at_once_, pending_ = 0;
+  std::vector<Scalar> sums_;
+  uint32_t row_[kPending];
+  int64_t place_[kPending];
+  Scalar factor_[kPending];
+};
+
+/// Writes the greatest of each column of bags [begin, end), of columns [col, col + cols).
+template <class Scalar>
+void max_bags(const Lookup& lookup, RowReader& reader, int64_t begin, int64_t end, int64_t col,
+              int64_t cols, void* out, int64_t* winners) {
+  constexpr DType kDType = std::is_same_v<Scalar, double> ? DType::kFloat64 : DType::kFloat32;
+  std::vector<Scalar> best(cols);
+  for (int64_t bag = begin; bag < end; ++bag) {
+    std::fill(best.begin(), best.end(), Scalar{0});
+    const int64_t last = lookup.bags.end(bag);
+    for (int64_t first = lookup.bags.begin(bag); first < last; first += reader.entries_at_once()) {
+      reader.read(first, std::min(last, first + reader.entries_at_once()), col, cols);
+      kernels().max_rows(kDType, reader.count(), cols, reader.rows(), reader.ranks(), best.data(),
+                         winners + bag * lookup.table.cols() + col);
+    }
+    write_bag(lookup, bag, best.data(), col, cols, out);
+  }
+}
+
+template <class Scalar>
+void reduce_bags(const Lookup& lookup, int64_t begin, int64_t end, void* out, int64_t* winners) {
+  const int64_t width = lookup.table.cols();
+  if (lookup.mode == Mode::kMax) {
+    RowReader reader(lookup.table, lookup.ranks);
+    for (int64_t col = 0; col < width; col += reader.cols_at_once()) {
+      const int64_t cols = std::min(reader.cols_at_once(), width - col);
+      max_bags<Scalar>(lookup, reader, begin, end, col, cols, out, winners);
+    }
+    return;
+  }
+  const int64_t cols_at_once = std::min<int64_t>(512, width);
+  BagSums<Scalar> sums(lookup, cols_at_once);
+  for (int64_t col = 0; col < width; col += cols_at_once) {
+    sums.write(begin, end, col, std::min(cols_at_once, width - col), out);
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> embedding_bag(
@@ -201,14 +275,10 @@ std::tuple<at::Tensor, at::Tensor> embedding_bag(
     };
     const int64_t begin = first == 0 ? 0 : first_bag(first), end = first_bag(last);
     if (begin >= end) return;
-    RowReader reader(lookup.table, lookup.ranks);
-    for (int64_t col = 0; col < embedding_dim; col += reader.cols_at_once()) {
-      const int64_t cols = std::min(reader.cols_at_once(), embedding_dim - col);
-      if (lookup.weight.compute_dtype() == at::kDouble) {
-        reduce_bags<double>(lookup, reader, begin, end, col, cols, data, winner);
-      } else {
-        reduce_bags<float>(lookup, reader, begin, end, col, cols, data, winner);
-      }
+    if (lookup.weight.compute_dtype() == at::kDouble) {
+      reduce_bags<double>(lookup, begin, end, data, winner);
+    } else {
+      reduce_bags<float>(lookup, begin, end, data, winner);
     }
   });
   return {out, winners};
