@@ -86,6 +86,7 @@ class LastInputs {
   const Shape& shape_;
   const Scalar *theta_, *last_;
   int size_;
+  // Stays 0 at depth 1, whose only layer is `last_`, the whole of theta, and has no bias.
   Scalar bias_ = 0;
   Vector sum_[kBound];
 };
