@@ -60,6 +60,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/linear.cpp",
     "csrc/cpu/linear_bfloat16.cpp",
     "csrc/cpu/packed_product.cpp",
+    "csrc/cpu/lookup_sums.cpp",
     "csrc/cpu/patches.cpp",
     "csrc/cpu/reconstruct.cpp",
     "csrc/cpu/slots.cpp",

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfh_kernels import HashSpec, dispatch, functional
+from hfh_kernels import HashSpec, Reconstruction, dispatch, functional
 from tests.lookups import BAGS, LOOKUPS, Leaves, Lookup, assert_matches_everything, results, run
 from tests.samples import BFLOAT16, FLOAT64, assert_matches
 from tests.test_embedding import random_lookups
@@ -20,12 +20,109 @@ needs_extension = pytest.mark.skipif(
 )
 DEFAULT = dataclasses.replace(LOOKUPS[0], mode="sum")
 EVERYTHING = dataclasses.replace(LOOKUPS[1], mode="sum", weighted=True)
+# What sums have limits for: rows before g's last layer, rows hashed at once, rows waiting.
+LONG_BAGS = [(33, 0, 31, 32, 64, 65), (127, 129, 128, 1), (2, 513, 511, 1100)]
+# Of whole blocks, which are added up before g's last layer; every network that differs there.
+WHOLE_BLOCKS = [
+    Lookup(
+        name="window",
+        hash_spec=HashSpec(
+            seed=1, num_hashes=4, pool_size=4096, block=64, window=512, rows_per_window=8
+        ),
+        embedding_dim=128,
+        row_offset=5,
+        col_offset=192,
+    ),
+    Lookup(
+        name="wide, long blocks, dense rows",
+        hash_spec=HashSpec(seed=2, num_hashes=2, pool_size=4096, block=256),
+        reconstruction=Reconstruction(width=8),
+        embedding_dim=768,
+        dense_rows=40,
+        padding_idx=3,
+    ),
+    Lookup(
+        name="deep relu",
+        hash_spec=HashSpec(seed=3, num_hashes=3, pool_size=640, block=32),
+        reconstruction=Reconstruction(depth=3, width=4),
+        embedding_dim=64,
+    ),
+    Lookup(
+        name="deep tanh in a window",
+        hash_spec=HashSpec(
+            seed=4, num_hashes=4, pool_size=2048, block=64, window=256, rows_per_window=4
+        ),
+        reconstruction=Reconstruction(depth=3, width=5, activation="tanh"),
+        embedding_dim=64,
+    ),
+    Lookup(
+        name="hashednets",
+        hash_spec=HashSpec(seed=5, num_hashes=1, pool_size=640, block=32),
+        reconstruction=Reconstruction(depth=0),
+        embedding_dim=96,
+    ),
+    Lookup(
+        name="linear",
+        hash_spec=HashSpec(seed=6, num_hashes=4, pool_size=1280, block=128),
+        reconstruction=Reconstruction(depth=1),
+        embedding_dim=128,
+    ),
+]
 
 
 @needs_extension
 @pytest.mark.parametrize("lookup", BAGS, ids=lambda lookup: lookup.name)
 def test_bags(lookup: Lookup, poisoned_memory: None) -> None:
     assert_matches_everything(lookup)
+
+
+@needs_extension
+@pytest.mark.parametrize("bag_sizes", LONG_BAGS, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("base", [LOOKUPS[0], LOOKUPS[1]], ids=lambda lookup: lookup.name)
+def test_long_bags(base: Lookup, weighted: bool, bag_sizes: tuple[int, ...]) -> None:
+    assert_matches_everything(
+        dataclasses.replace(base, mode="sum", weighted=weighted, bag_sizes=bag_sizes)
+    )
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False)], ids=str
+)
+@pytest.mark.parametrize("base", WHOLE_BLOCKS, ids=lambda lookup: lookup.name)
+def test_sums_of_whole_blocks(base: Lookup, mode: str, weighted: bool) -> None:
+    assert_matches_everything(dataclasses.replace(base, mode=mode, weighted=weighted))
+
+
+@needs_extension
+@pytest.mark.parametrize("embedding_dim", [64, 70], ids=["whole blocks", "parts of blocks"])
+def test_mean_of_bfloat16_without_padding(embedding_dim: int) -> None:
+    lookup = next(lookup for lookup in BAGS if lookup.name == "mean, bfloat16")
+    lookup = dataclasses.replace(lookup, embedding_dim=embedding_dim, bag_sizes=(4, 90, 0, 2))
+    assert lookup.padding_idx in lookup.indices()[4:94]
+    assert_matches_everything(lookup)
+
+
+@needs_extension
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("base", [*LOOKUPS[:2], *WHOLE_BLOCKS], ids=lambda lookup: lookup.name)
+def test_sums_keep_what_is_not_finite(base: Lookup, weighted: bool, number: float) -> None:
+    lookup = dataclasses.replace(base, mode="sum", weighted=weighted, bag_sizes=(1, 40, 3, 2, 9))
+    spoilt = 0
+    for element in (0, 77, 501):
+        leaves = lookup.leaves()
+        leaves.pool[element] = number
+        expected = lookup.run(leaves.double(), "reference")
+        output = lookup.run(leaves).double()
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(output), kind(expected))
+        finite = expected.isfinite()
+        assert_matches(output[finite], expected[finite], lookup.dtype)
+        assert finite.any()
+        spoilt += int((~finite).sum())
+    assert spoilt
 
 
 @st.composite

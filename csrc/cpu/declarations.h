@@ -56,13 +56,13 @@ void scatter_kernel(const cpu::PoolContributions&, DType pool_dtype, uint32_t be
                     void* grad_pool);
 void lookup_kernel(const VirtualWeight&, const cpu::RowLookups&, int64_t col, int64_t cols,
                    void* out, bool past_caches);
+void add_lookups_kernel(const VirtualWeight&, const cpu::RowLookups&, const void* factor,
+                        int64_t col, int64_t cols, void* sums);
 void lookup_backward_kernel(const VirtualWeight&, const cpu::RowLookups&, int64_t col, int64_t cols,
                             const void* gradient, DType gradient_dtype, double* grad_theta,
                             cpu::PoolContributions*);
 void elements_backward_kernel(const VirtualWeight&, const cpu::ElementGradients&,
                               double* grad_theta, cpu::PoolContributions*);
-void add_rows_kernel(DType, int64_t count, int64_t cols, const void* const* rows,
-                     const void* factor, void* sum);
 void max_rows_kernel(DType, int64_t count, int64_t cols, const void* const* rows, const int64_t* id,
                      void* best, int64_t* winner);
 void round_to_bfloat16_kernel(const float* source, BFloat16* target, int64_t count);

@@ -187,6 +187,11 @@ struct Kernels {
   /// `past_caches` places are multiples of cols, and the pool need not make room for the result.
   void (*lookup)(const VirtualWeight&, const RowLookups&, int64_t col, int64_t cols, void* out,
                  bool past_caches);
+  /// Adds those columns of each row, times its factor where `factor` is not null, to `sums` from
+  /// the row's place on: neighbours of the same place are added up first. Factors and sums are
+  /// float, or double for double kernels.
+  void (*add_lookups)(const VirtualWeight&, const RowLookups&, const void* factor, int64_t col,
+                      int64_t cols, void* sums);
   /// The gradient of `lookup`, as of `backward`: that of each row begins at its place in
   /// `gradient`.
   void (*lookup_backward)(const VirtualWeight&, const RowLookups&, int64_t col, int64_t cols,
@@ -195,12 +200,8 @@ struct Kernels {
   /// The same for single elements, each of which lists num_hashes entries of one value.
   void (*elements_backward)(const VirtualWeight&, const ElementGradients&, double* grad_theta,
                             PoolContributions*);
-  /// sum[c] += sum_i factor[i] * rows[i][c] over all columns; without `factor`, 1. All float, or
-  /// all double.
-  void (*add_rows)(DType, int64_t count, int64_t cols, const void* const* rows, const void* factor,
-                   void* sum);
-  /// best[c] = max(best[c], rows[i][c]), and winner[c] = id[i] where that is greater; a negative
-  /// winner is beaten by all.
+  /// best[c] = max(best[c], rows[i][c]) over all columns, and winner[c] = id[i] where that is
+  /// greater; a negative winner is beaten by all.
   void (*max_rows)(DType, int64_t count, int64_t cols, const void* const* rows, const int64_t* id,
                    void* best, int64_t* winner);
 

@@ -93,17 +93,13 @@ HFH_HOST_DEVICE void affine_backward(int outputs, int inputs, const T* weight, c
   }
 }
 
-/// V = g(a). `first(i)` is weight i of the first layer, which the caller may have signed; `theta`
-/// is the whole parameter vector.
+/// What the last layer of g takes in, for a depth of 2 or more; returns that layer's parameters.
+/// `first(i)` is weight i of the first layer, which the caller may have signed; `theta` is the
+/// whole parameter vector.
 template <class V, class Shape, class First, class T>
-HFH_HOST_DEVICE V reconstruct(const Shape& shape, const First& first, const T* theta, const V* a) {
+HFH_HOST_DEVICE const T* hidden_layers(const Shape& shape, const First& first, const T* theta,
+                                       const V* a, V* hidden) {
   const int inputs = shape.num_hashes(), width = shape.width();
-  if (shape.depth() == 1) {
-    V sum = first(0) * a[0];
-    for (int u = 1; u < inputs; ++u) sum += first(u) * a[u];
-    return sum;
-  }
-  V hidden[Shape::kWidthBound];
   const T* layer = theta + inputs * width;
   affine(width, inputs, first, layer, a, hidden);
   layer += width;
@@ -115,8 +111,21 @@ HFH_HOST_DEVICE V reconstruct(const Shape& shape, const First& first, const T* t
     activate(shape, next);
     for (int j = 0; j < width; ++j) hidden[j] = next[j];
   }
+  return layer;
+}
+
+/// V = g(a), with `first` and `theta` as in `hidden_layers`.
+template <class V, class Shape, class First, class T>
+HFH_HOST_DEVICE V reconstruct(const Shape& shape, const First& first, const T* theta, const V* a) {
+  if (shape.depth() == 1) {
+    V sum = first(0) * a[0];
+    for (int u = 1; u < shape.num_hashes(); ++u) sum += first(u) * a[u];
+    return sum;
+  }
+  V hidden[Shape::kWidthBound];
+  const T* last = hidden_layers(shape, first, theta, a, hidden);
   V value;
-  affine(1, width, [layer](int i) { return layer[i]; }, layer + width, hidden, &value);
+  affine(1, shape.width(), [last](int i) { return last[i]; }, last + shape.width(), hidden, &value);
   return value;
 }
 
