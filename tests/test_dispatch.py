@@ -319,8 +319,8 @@ def test_package_without_the_extension() -> None:
             compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
             for batch in (2, 3):
                 out = compiled(torch.ones(batch, 6))
-                # Another batch may be multiplied in another order.
-                torch.testing.assert_close(out, expected[:1].expand(batch, 4), rtol=1e-6, atol=1e-6)
+                # Of this batch: equal rows need not be multiplied in the same order.
+                assert torch.equal(out, layer(torch.ones(batch, 6))), (out, expected)
                 out.sum().backward()
         with torch.autocast("cpu"):
             assert linear(torch.ones(2, 6)).dtype == torch.bfloat16
