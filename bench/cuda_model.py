@@ -177,21 +177,6 @@ def by_slot_products(kernels: Kernels, layer: GPULinear, batch: int) -> Units:
     )
 
 
-def uses_slot_products(layer: GPULinear, batch: int) -> bool:
-    """slot_products_win in csrc/cuda/crossovers.h, for batches that are powers of two."""
-    assert layer.window is not None
-    assert layer.rows_per_window is not None
-    hashes, block, slots = layer.num_hashes, layer.block, layer.window / layer.block
-    share = batch / 32 / min(layer.rows_per_window, SLOT_ROWS)
-    slot_cycles = max(
-        share * slots * block / 36,
-        share * (slots / 2 + 4.5 * block) + hashes * max(batch, 2) / 24,
-        share * 660 + (23 + hashes * (9 + batch / 2)) / 128,
-    )
-    tile_cycles = block * max(hashes / 64 + batch / 4096, (2 + 1.3 * hashes) / 128)
-    return layer.depth <= 1 and batch <= 16 and slot_cycles < tile_cycles
-
-
 @dataclasses.dataclass(frozen=True)
 class Small:
     """A product of a small batch."""
@@ -212,14 +197,16 @@ class Small:
 
 
 def small_batches() -> list[Small]:
+    """By the faster kernel, which is the one that csrc/cuda/crossovers.h chooses (tested)."""
     kernels = Kernels()
     found = []
     for layer in GPU_SMALL_BATCH_LINEARS:
         for batch in BATCHES:
-            slots = uses_slot_products(layer, batch)
-            units = (by_slot_products if slots else by_tiles)(kernels, layer, batch)
-            kernel = "slot products" if slots else "tiles"
-            found.append(Small(layer, batch, kernel, units, dense_seconds(layer, batch)))
+            ways = {"tiles": by_tiles(kernels, layer, batch)}
+            if layer.depth <= 1:
+                ways["slot products"] = by_slot_products(kernels, layer, batch)
+            kernel = min(ways, key=lambda way: ways[way].seconds)
+            found.append(Small(layer, batch, kernel, ways[kernel], dense_seconds(layer, batch)))
     return found
 
 

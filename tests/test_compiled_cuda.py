@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,44 @@ def test_model_has_every_shown_shape() -> None:
     for small in cuda_model.small_batches():
         assert 0 < small.units.seconds < small.dense * 10
     assert {large.backward for large in cuda_model.large_batches()} == {False, True}
+
+
+CHOICE = """
+#include <cstdio>
+
+#include "cuda/crossovers.h"
+
+int main() {
+  long hashes, block, slots, rows_per_window, batch, rows;
+  while (std::scanf("%ld %ld %ld %ld %ld %ld", &hashes, &block, &slots, &rows_per_window, &batch,
+                    &rows) == 6) {
+    hfh::HashParams hash{};
+    hash.num_hashes = static_cast<int>(hashes);
+    hash.log2_block = std::bit_width(static_cast<unsigned long>(block)) - 1;
+    hash.draw_slots = static_cast<unsigned>(slots);
+    hash.rows_per_window = static_cast<unsigned>(rows_per_window);
+    const bool win = hfh::cuda::slot_products_win(hash, batch, rows);
+    std::puts(win ? "slot products" : "tiles");
+  }
+}
+"""
+
+
+def test_model_takes_the_kernels_that_are_taken(tmp_path: Path) -> None:
+    source, program = tmp_path / "choice.cpp", tmp_path / "choice"
+    source.write_text(CHOICE)
+    includes = [f"-I{ROOT / 'tests/cuda_emulator/include'}", f"-I{ROOT / 'csrc'}"]
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run([compiler, "-std=c++20", *includes, source, "-o", program], check=True)
+    linear = [small for small in cuda_model.small_batches() if small.layer.depth == 1]
+    assert {small.kernel for small in linear} == {"slot products", "tiles"}
+    questions = [
+        f"{small.layer.num_hashes} {small.layer.block} {small.layer.window // small.layer.block} "
+        f"{small.layer.rows_per_window} {small.batch} {small.layer.out_features}"
+        for small in linear
+        if small.layer.window is not None
+    ]
+    result = subprocess.run(
+        [program], input="\n".join(questions), capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines() == [small.kernel for small in linear]

@@ -21,25 +21,47 @@ inline double tile_cycles(const HashParams& hash, int64_t batch) {
   return hash.block() * std::max(hashes / 64 + inputs / 4096, (2 + 1.3 * hashes) / 128);
 }
 
-/// The same by slot products, which multiply all slots of a window for at most 256 rows at once.
-/// For 32 products of each slot that takes slots * block / 36 cycles of the tensor cores, half a
-/// cycle a slot to write them and 4.5 * block to read the inputs, and 660 for the instructions. For
-/// each product that a row draws, shared memory takes 1/24 cycle, and the lane 9 instructions and
-/// one for two inputs.
-inline double slot_product_cycles(const HashParams& hash, int64_t batch, int64_t rows) {
-  const double hashes = hash.num_hashes, slots = hash.draw_slots, block = hash.block();
-  const auto inputs = static_cast<double>(std::bit_ceil(static_cast<uint64_t>(batch)));
-  const int64_t rows_per_window = hash.rows_per_window == 0 ? rows : hash.rows_per_window;
-  const double share =
-      inputs / 32 / static_cast<double>(std::clamp<int64_t>(rows_per_window, 1, 256));
-  return std::max({share * slots * block / 36,
-                   share * (slots / 2 + 4.5 * block) + hashes * std::max(inputs, 2.0) / 24,
-                   share * 660 + (23 + hashes * (9 + inputs / 2)) / 128});
+/// What slot products take, by what they keep busy. The slots of a window are multiplied for all
+/// rows of a thread block at once, and each row adds what it draws.
+struct SlotProductCycles {
+  struct Units {
+    double tensor, shared, instructions;
+
+    double most() const { return std::max({tensor, shared, instructions}); }
+  };
+  Units multiply;  // all slots by 32 words, see slot_products_kernel.h
+  Units add;       // for a row what it draws of a column block
+
+  SlotProductCycles(const HashParams& hash, double inputs) {
+    const double hashes = hash.num_hashes, slots = hash.draw_slots, block = hash.block();
+    // Half a cycle to write a slot's products; inputs, 64 * block bytes, are written once and read
+    // by each of 8 warps.
+    multiply = {slots * block / 36, slots / 2 + 4.5 * block, 660};
+    add = {0, hashes * std::max(inputs, 2.0) / 24, (23 + hashes * (9 + inputs / 2)) / 128};
+  }
+};
+
+/// Rows that share the products of a window's slots, at most.
+inline constexpr int64_t kSlotProductRows = 256;
+
+/// The samples that kernels of slot products are made for.
+inline int64_t padded_slot_product_batch(int64_t batch) {
+  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(batch)));
 }
 
-/// Of kernels that can both run.
+/// Whether slot products cost less than tiles, of kernels that can both run.
 inline bool slot_products_win(const HashParams& hash, int64_t batch, int64_t rows) {
-  return slot_product_cycles(hash, batch, rows) < tile_cycles(hash, batch);
+  const auto inputs = static_cast<double>(padded_slot_product_batch(batch));
+  const SlotProductCycles cycles(hash, inputs);
+  const int64_t rows_per_window = hash.rows_per_window == 0 ? rows : hash.rows_per_window;
+  const int64_t sharing = std::clamp<int64_t>(rows_per_window, 1, kSlotProductRows);
+  const double share = inputs / 32 / static_cast<double>(sharing);
+  const auto of_both = [&](double SlotProductCycles::Units::* unit) {
+    return share * cycles.multiply.*unit + cycles.add.*unit;
+  };
+  using Units = SlotProductCycles::Units;
+  const Units all{of_both(&Units::tensor), of_both(&Units::shared), of_both(&Units::instructions)};
+  return all.most() < tile_cycles(hash, batch);
 }
 
 /// A panel is read again at once, out of the second-level cache.

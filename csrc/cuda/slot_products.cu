@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/crossovers.h"
 #include "cuda/slot_products.h"
 #include "cuda/slot_products_kernel.h"
 #include "cuda/sum_parts.h"
@@ -8,6 +9,8 @@
 namespace hfh::cuda {
 
 using namespace slots;
+
+static_assert(kMaxRows == kSlotProductRows);
 
 namespace {
 
@@ -17,11 +20,6 @@ constexpr int64_t kMaxParts = 64;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t max_batch(DType dtype) { return dtype == DType::kBFloat16 ? 16 : 8; }
-
-/// The power of two of samples that the kernels are made for.
-int padded_batch(int64_t batch) {
-  return batch > 8 ? 16 : batch > 4 ? 8 : batch > 2 ? 4 : static_cast<int>(batch);
-}
 
 /// The layer's column blocks: whole ones, and the parts of one at either end.
 struct Columns {
@@ -56,22 +54,7 @@ bool is_aligned(const DeviceWeight& weight, const SlotProductsLinear& linear) {
          reinterpret_cast<uintptr_t>(linear.input) % (kUnit * sizeof(uint16_t)) == 0;
 }
 
-/// Clock cycles of a multiprocessor, counted for an H200: on its tensor cores, for its shared
-/// memory or for instructions, whatever takes longest.
-struct Cycles {
-  double load;      // of a thread block's slots
-  double multiply;  // the slots by a chunk
-  double add;       // what a pass of kPassRows rows draws of a chunk
-
-  Cycles(const HashParams& hash, double words, double batch) {
-    const double slots = hash.draw_slots, block = hash.block(), hashes = hash.num_hashes;
-    const double blocks = words / batch;
-    load = slots * block / 10;
-    multiply = words / 32 * std::max({slots * block / 36, slots / 2 + 4.5 * block, 660.0});
-    add = blocks * kPassRows *
-          std::max((23 + hashes * (9 + batch / 2)) / 128, hashes * std::max(batch, 2.0) / 24);
-  }
-};
+// In clock cycles, as SlotProductCycles.
 constexpr double kAnotherKernel = 5000;
 
 template <class F>
@@ -92,7 +75,7 @@ void with_block(uint32_t block, const F& f) {
 
 template <class F>
 void with_batch(int64_t batch, const F& f) {
-  switch (padded_batch(batch)) {
+  switch (padded_slot_product_batch(batch)) {
     case 1:
       return f(std::integral_constant<int, 1>());
     case 2:
@@ -139,7 +122,7 @@ SlotProductsPlan plan_slot_products(const DeviceWeight& weight, const SlotProduc
                                     const Device& device) {
   const HashParams& hash = weight.hash;
   SlotProductsPlan plan{};
-  const int batch = padded_batch(std::max(linear.batch, int64_t{1}));
+  const int batch = static_cast<int>(padded_slot_product_batch(linear.batch));
   int64_t window_rows = linear.out_features;
   plan.num_windows = 1;
   if (hash.rows_per_window > 0 && linear.out_features > 0) {
@@ -151,7 +134,11 @@ SlotProductsPlan plan_slot_products(const DeviceWeight& weight, const SlotProduc
   const int words = words_of_chunk(bytes_of_product(linear), batch);
   const int64_t chunks = std::max(
       ceil_div(Columns(weight, linear.in_features).whole.count, words / batch), int64_t{1});
-  const Cycles cycles(hash, words, batch);
+  const SlotProductCycles cycles(hash, batch);
+  const double multiply = words / 32.0 * cycles.multiply.most();
+  const double add = static_cast<double>(words / batch * kPassRows) * cycles.add.most();
+  // Of a thread block's slots.
+  const double load = static_cast<double>(hash.draw_slots) * hash.block() / 10;
   double least = 0;
   for (int passes = kPasses; passes > 0; --passes) {
     const int64_t groups = std::max(ceil_div(window_rows, passes * kPassRows), int64_t{1});
@@ -161,10 +148,9 @@ SlotProductsPlan plan_slot_products(const DeviceWeight& weight, const SlotProduc
       if (ceil_div(chunks, chunks_per_part) != parts) continue;
       const auto per_processor =
           static_cast<double>(ceil_div(plan.num_windows * groups * parts, device.processors));
-      const double chunk = cycles.multiply + cycles.add * static_cast<double>(group_passes);
-      const double cost =
-          per_processor * (cycles.load + static_cast<double>(chunks_per_part) * chunk) +
-          (parts > 1 ? kAnotherKernel : 0);
+      const double chunk = multiply + add * static_cast<double>(group_passes);
+      const double cost = per_processor * (load + static_cast<double>(chunks_per_part) * chunk) +
+                          (parts > 1 ? kAnotherKernel : 0);
       if (least > 0 && cost >= least) continue;
       least = cost;
       plan.groups_per_window = static_cast<int>(groups);
@@ -189,7 +175,8 @@ void slot_products(const DeviceWeight& weight, const SlotProductsLinear& linear,
   const uint32_t block = weight.hash.block();
   const int64_t blocks = plan.num_windows * plan.groups_per_window * plan.num_parts;
   const int product = bytes_of_product(linear);
-  const int words = words_of_chunk(product, padded_batch(linear.batch));
+  const int words =
+      words_of_chunk(product, static_cast<int>(padded_slot_product_batch(linear.batch)));
   const Grid grid{blocks, kThreads,
                   shared_bytes(weight.hash.draw_slots, product, words, static_cast<int>(block))};
   const auto launch_for = [&](auto number, auto block_size, auto batch) {
