@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/numbers.h"
+#include "cuda/result.h"
 #include "cuda/slot_operands.h"
 #include "cuda/slot_products.h"
 #include "cuda/slot_products_sums.h"
@@ -208,6 +208,9 @@ template <class Number, int kBatch>
 __device__ __forceinline__ void write_sums(const Arguments& args, const Task& task,
                                            const RowSums<kBatch>& sums) {
   const SlotProductsLinear& linear = args.linear;
+  const Result<Number> result{static_cast<const Number*>(linear.bias),
+                              static_cast<Number*>(linear.output), args.parts, linear.batch,
+                              linear.out_features};
   const Lane<Number, kBatch> lane{static_cast<unsigned>(threadIdx.x)};
   const int m = static_cast<int>(lane.row_in_tile()), q = threadIdx.x % 4;
 #pragma unroll
@@ -218,15 +221,7 @@ __device__ __forceinline__ void write_sums(const Arguments& args, const Task& ta
       const int in_group = lane.warp_row(pass) + in_tile;
       const int64_t sample = (4 * tile + m % 4) ^ lane.first_sample(in_tile);
       if (sample >= linear.batch || in_group >= task.rows) continue;
-      const int64_t row = task.first_row + in_group;
-      const int64_t to = sample * linear.out_features + row;
-      float sum = sums.d[tile][i];
-      if (args.parts != nullptr) {
-        args.parts[task.part * linear.batch * linear.out_features + to] = sum;
-      } else {
-        if (linear.bias != nullptr) sum += to_float(static_cast<const Number*>(linear.bias)[row]);
-        static_cast<Number*>(linear.output)[to] = from_float<Number>(sum);
-      }
+      result.write(task.part, sample, task.first_row + in_group, sums.d[tile][i]);
     }
   }
 }

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "cuda/fragments.h"
-#include "cuda/numbers.h"
+#include "cuda/result.h"
 #include "cuda/segments.h"
 #include "cuda/sum_parts.h"
 
@@ -83,25 +83,6 @@ __device__ __forceinline__ void multiply_tile(
     }
   }
 }
-
-/// Where sums go: float32 `parts` [parts, batch, out_features] are yet to be added up, without them
-/// the output is written.
-template <class Number>
-struct Result {
-  const Number* bias;  // or null
-  Number* output;
-  float* parts;  // or null
-  int64_t batch, out_features;
-
-  __device__ __forceinline__ void write(int part, int64_t entry, int64_t row, float sum) const {
-    const int64_t to = entry * out_features + row;
-    if (parts != nullptr) {
-      parts[part * batch * out_features + to] = sum;
-    } else {
-      output[to] = from_float<Number>(sum + (bias == nullptr ? 0.0f : to_float(bias[row])));
-    }
-  }
-};
 
 /// Shared memory that a warp's sums take at the end.
 constexpr size_t sums_bytes(int batch_tiles) {
