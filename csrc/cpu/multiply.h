@@ -42,13 +42,12 @@ struct BFloat16Elements {
 using BFloat16Elements = FloatElements;
 #endif
 
-/// c[i][j] += sum_k a[i * a_stride + k] * b[k * b_stride + j] for i < kRows and j < kTileCols.
+/// sum[i][j] += sum_k a[i * a_stride + k] * b[k * b_stride + j] for i < kRows and j < kTileCols.
 template <class Elements, int kRows, int64_t a_stride>
-HFH_HOST_DEVICE void multiply_tile(const typename Elements::Element* a,
-                                   const typename Elements::Element* b, int64_t b_stride,
-                                   int64_t depth, float* c, int64_t c_stride) {
+HFH_HOST_DEVICE void add_tile_products(const typename Elements::Element* a,
+                                       const typename Elements::Element* b, int64_t b_stride,
+                                       int64_t depth, FloatVector (&sum)[kRows][kTileVectors]) {
   using Vector = typename Elements::Vector;
-  FloatVector sum[kRows][kTileVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vector column[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) {
@@ -59,6 +58,15 @@ HFH_HOST_DEVICE void multiply_tile(const typename Elements::Element* a,
       for (int v = 0; v < kTileVectors; ++v) Elements::add_product(sum[i][v], factor, column[v]);
     }
   }
+}
+
+/// c[i][j] += the same.
+template <class Elements, int kRows, int64_t a_stride>
+HFH_HOST_DEVICE void multiply_tile(const typename Elements::Element* a,
+                                   const typename Elements::Element* b, int64_t b_stride,
+                                   int64_t depth, float* c, int64_t c_stride) {
+  FloatVector sum[kRows][kTileVectors] = {};
+  add_tile_products<Elements, kRows, a_stride>(a, b, b_stride, depth, sum);
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kTileVectors; ++v) {
       float* target = c + i * c_stride + v * kFloatLanes;

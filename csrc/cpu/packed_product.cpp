@@ -211,16 +211,9 @@ HFH_HOST_DEVICE void add_tile(const RowGroup& group, int64_t row, int64_t unit, 
                               const float* right, const SumRows& out) {
   FloatVector sum[kRows][kTileVectors] = {};
   for (int64_t range = 0; range < group.num_ranges; ++range) {
-    for (int64_t k = group.ranges[range].begin * unit; k < group.ranges[range].end * unit; ++k) {
-      FloatVector column[kTileVectors];
-      for (int v = 0; v < kTileVectors; ++v) {
-        column[v] = load<FloatVector>(right + k * kTileCols + v * kFloatLanes);
-      }
-      for (int i = 0; i < kRows; ++i) {
-        const FloatVector factor = splat<FloatVector>(left[i * PackedProduct::kLeftStride + k]);
-        for (int v = 0; v < kTileVectors; ++v) sum[i][v] += factor * column[v];
-      }
-    }
+    const int64_t begin = group.ranges[range].begin * unit, end = group.ranges[range].end * unit;
+    add_tile_products<FloatElements, kRows, PackedProduct::kLeftStride>(
+        left + begin, right + begin * kTileCols, kTileCols, end - begin, sum);
   }
   for (int i = 0; i < kRows; ++i) {
     float* target = out.data + out.row[row + i] * out.stride;
