@@ -32,9 +32,9 @@ TESTS = [
     "tests/test_linear.py::test_random_samples",
     "tests/test_linear.py::test_nan_beside_the_columns_in_use",
     "tests/test_linear.py::test_deterministic_for_a_number_of_threads",
-    "tests/test_linear.py::test_bfloat16_panels",
-    "tests/test_linear.py::test_bfloat16_inputs_that_are_not_finite",
-    "tests/test_linear.py::test_long_bfloat16_sums_are_rounded_once",
+    "tests/test_linear_bfloat16.py::test_bfloat16_panels",
+    "tests/test_linear_bfloat16.py::test_bfloat16_inputs_that_are_not_finite",
+    "tests/test_linear_bfloat16.py::test_long_bfloat16_sums_are_rounded_once",
     "tests/test_materialize.py::test_golden_vectors",
     "tests/test_materialize.py::test_index_is_exact",
 ]
